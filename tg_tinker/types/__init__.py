@@ -1,0 +1,1 @@
+"""Frozen values that check themselves when they are made. The floor under everything but ``errors``."""

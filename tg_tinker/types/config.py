@@ -1,0 +1,181 @@
+"""What a TG training run is made of: model, adapter, optimizer, privacy.
+
+Every field is checked at construction with the ranges of the TG-Tinker pages (configuration), so a typo costs no
+training run. Whether a model exists or a device can do fp16 is the server's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import checks
+
+OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ACCOUNTANTS = ("rdp", "moments", "gdp", "prv")
+
+
+@attrs.frozen(kw_only=True)
+class LoRAConfig:
+    """The low-rank adapter that is trained (Hu et al. 2021, arXiv:2106.09685).
+
+    ``alpha / rank`` scales the update. ``target_modules`` are layer-name endings; each must match at least one layer.
+    """
+
+    rank: int = attrs.field(default=16, validator=checks.integer(1, 512))
+    alpha: float = attrs.field(default=32.0, validator=checks.number(1.0))
+    dropout: float = attrs.field(default=0.05, validator=checks.number(0.0, 1.0))
+    target_modules: tuple[str, ...] = attrs.field(
+        default=("q_proj", "v_proj", "k_proj", "o_proj"), converter=checks.tupled, validator=checks.texts()
+    )
+    bias: str = attrs.field(default="none", validator=checks.choice("none", "all", "lora_only"))
+    modules_to_save: tuple[str, ...] = attrs.field(
+        default=(), converter=checks.tupled, validator=checks.texts(empty=True)
+    )
+
+
+def _lowered(name: Any) -> Any:
+    return name.lower() if isinstance(name, str) else name
+
+
+def _two_decay_rates(_: object, __: object, value: Any) -> None:
+    good = isinstance(value, tuple) and len(value) == 2 and all(isinstance(beta, (int, float)) for beta in value)
+    if not good or not all(0.0 <= beta < 1.0 for beta in value):
+        raise checks.refuse("betas", "two numbers from 0 up to, not including, 1", value)
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerConfig:
+    """The optimizer and its learning-rate schedule; ``warmup_steps`` rise linearly from 0.
+
+    ``lr_scheduler_kwargs``: ``num_cycles`` for the cosine kinds. The decaying kinds need ``TrainingConfig.max_steps``.
+    ``momentum`` is for ``sgd`` alone.
+    """
+
+    name: str = attrs.field(
+        default="adamw",
+        converter=_lowered,
+        validator=checks.choice(*OPTIMIZERS),
+    )
+    learning_rate: float = attrs.field(default=1e-4, validator=checks.number(above=0.0, high=1.0))
+    weight_decay: float = attrs.field(default=0.01, validator=checks.number(0.0, 1.0))
+    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), converter=checks.tupled, validator=_two_decay_rates)
+    eps: float = attrs.field(default=1e-8, validator=checks.number(above=0.0))
+    momentum: float = attrs.field(default=0.9, validator=checks.number(0.0, 1.0))
+    warmup_steps: int = attrs.field(default=0, validator=checks.integer(0))
+    lr_scheduler: str = attrs.field(default="constant", validator=checks.choice(*SCHEDULES))
+    lr_scheduler_kwargs: dict[str, Any] = attrs.field(
+        factory=dict, converter=dict, validator=checks.instance(dict, "a dict")
+    )
+
+
+@attrs.frozen(kw_only=True)
+class DPConfig:
+    """Differential privacy for the run (DP-SGD, Abadi et al. 2016, arXiv:1607.00133).
+
+    The unit that is protected is one row of a batch (on the Loops surface one datum). Once per optimizer step, noise of
+    standard deviation ``noise_multiplier * max_grad_norm`` is added to the sum of the clipped per-example gradients.
+    Privacy amplification is claimed only when declared, by ``sample_rate`` or ``dataset_size``: both promise Poisson
+    sampling (``PoissonSampler`` draws such batches).
+    """
+
+    enabled: bool = attrs.field(default=True, validator=checks.flag())
+    noise_multiplier: float = attrs.field(default=1.0, validator=checks.number(0.0))
+    max_grad_norm: float = attrs.field(default=1.0, validator=checks.number(above=0.0))
+    target_epsilon: float | None = attrs.field(default=8.0, validator=checks.optional(checks.number(0.0)))
+    target_delta: float = attrs.field(default=1e-5, validator=checks.number(above=0.0, high=1.0 - 1e-12))
+    accountant_type: str = attrs.field(default="rdp", validator=checks.choice(*ACCOUNTANTS))
+    secure_mode: bool = attrs.field(default=False, validator=checks.flag())
+    expected_batch_size: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
+    sample_rate: float | None = attrs.field(default=None, validator=checks.optional(checks.number(above=0.0, high=1.0)))
+    dataset_size: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
+
+
+@attrs.frozen(kw_only=True)
+class SamplingConfig:
+    """Sampling settings that can be kept beside a run; ``top_k=0`` switches top-k off."""
+
+    max_tokens: int = attrs.field(default=128, validator=checks.integer(1, 4096))
+    temperature: float = attrs.field(default=0.7, validator=checks.number(0.0, 2.0))
+    top_p: float = attrs.field(default=0.9, validator=checks.number(0.0, 1.0))
+    top_k: int = attrs.field(default=50, validator=checks.integer(0))
+    stop_sequences: tuple[str, ...] = attrs.field(
+        default=(), converter=checks.tupled, validator=checks.texts(empty=True)
+    )
+
+
+def _lora(value: Any) -> LoRAConfig:
+    return checks.nested(LoRAConfig, value, "lora_config")
+
+
+def _optimizer(value: Any) -> OptimizerConfig:
+    return checks.nested(OptimizerConfig, value, "optimizer")
+
+
+def _dp(value: Any) -> DPConfig | None:
+    return None if value is None else checks.nested(DPConfig, value, "dp_config")
+
+
+@attrs.frozen(kw_only=True)
+class TrainingConfig:
+    """Everything that defines a TG training run.
+
+    ``model_ref`` is a hub id, a local folder, ``"tg-tinker/tiny"`` or ``"tg-tinker/smollm2-135m"``. ``max_steps`` ends
+    the run: its status becomes "completed", training is refused, sampling and saving go on.
+    ``gradient_accumulation_steps`` only scales the expected batch size under DP: gradients add up until ``optim_step``
+    whatever it says. ``seed`` fixes adapter initialisation and dropout; None lets the server draw one. Nested configs
+    may be given as dicts.
+
+    Raises ``InvalidRequestError`` with ``field`` and ``constraint``.
+    """
+
+    model_ref: str = attrs.field(validator=checks.text())
+    lora_config: LoRAConfig = attrs.field(factory=LoRAConfig, converter=_lora)
+    optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig, converter=_optimizer)
+    dp_config: DPConfig | None = attrs.field(default=None, converter=_dp)
+    batch_size: int = attrs.field(default=8, validator=checks.integer(1))
+    gradient_accumulation_steps: int = attrs.field(default=1, validator=checks.integer(1))
+    max_steps: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
+    max_sequence_length: int = attrs.field(default=2048, validator=checks.integer(1))
+    mixed_precision: str = attrs.field(default="auto", validator=checks.choice(*PRECISIONS))
+    gradient_checkpointing: bool = attrs.field(default=False, validator=checks.flag())
+    metadata: dict[str, Any] = attrs.field(factory=dict, converter=dict, validator=checks.instance(dict, "a dict"))
+    seed: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(0, 2**63 - 1)))
+
+    def __attrs_pre_init__(self, *args: object, **fields: object) -> None:
+        """Refuse full fine-tuning by name: it would otherwise look like a forgotten argument."""
+        if "lora_config" in fields and fields["lora_config"] is None:
+            raise InvalidRequestError(
+                "lora_config: None asks for full fine-tuning, which is not offered; give a LoRAConfig",
+                field="lora_config",
+                constraint="a LoRAConfig",
+                problems=["expected a LoRAConfig, got None @ $.lora_config"],
+            )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> TrainingConfig:
+        """Build a config from nested dicts; unknown fields are refused with the nearest known name."""
+        if not isinstance(fields, Mapping):
+            raise checks.refuse("config", "a TrainingConfig or a dict of its fields", fields)
+        return checks.build(cls, fields)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> TrainingConfig:
+        """Build a config from a YAML file of the same nested fields."""
+        import yaml
+
+        try:
+            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise InvalidRequestError(f"cannot read the config {path}: {error}", field="path") from error
+        return cls.from_dict(fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, as ``from_dict`` takes them."""
+        return attrs.asdict(self)

@@ -1,0 +1,209 @@
+"""The one converter between values and JSON: exact on writing, tolerant on reading.
+
+* numpy arrays are written as JSON numbers straight from memory (orjson), never by way of Python lists;
+* unknown keys are ignored on reading, except in configs, whose fields are refused with the nearest known name;
+* faults are reported all together in ``InvalidRequestError.problems``: ``"message @ $.data[3].model_input"``.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import cache, partial
+from typing import Any, TypeVar, cast
+
+import attrs
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import checks, config
+from tg_tinker.types.batch import BatchData
+from tg_tinker.types.loops import Datum, EncodedTextChunk, ModelInput
+from tg_tinker.types.tensor import TensorData
+
+T = TypeVar("T")
+
+_CONFIGS = (
+    config.TrainingConfig,
+    config.LoRAConfig,
+    config.OptimizerConfig,
+    config.DPConfig,
+    config.SamplingConfig,
+)
+_NESTED_PATH = re.compile(r"(?s)(.*) @ \$(\S*) @ \$(\S*)")
+
+
+def dumps(value: object) -> bytes:
+    """JSON bytes of any value of ``types`` or ``wire``, or of plain data holding them."""
+    import orjson
+
+    return orjson.dumps(_converter().unstructure(value), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def loads(body: bytes) -> Any:
+    """Plain data of JSON bytes; raises ``InvalidRequestError`` where they are not JSON."""
+    import orjson
+
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", field="body", constraint="JSON") from error
+
+
+def decode(cls: type[T], data: object) -> T:
+    """A checked value of plain data; raises ``InvalidRequestError`` listing every fault with its path."""
+    from cattrs.errors import BaseValidationError
+
+    try:
+        return cast("T", _converter().structure(data, cls))
+    except InvalidRequestError:
+        raise
+    except BaseValidationError as error:
+        raise _explain(error) from error
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise InvalidRequestError(f"expected a {cls.__name__}: {error}", constraint=cls.__name__) from error
+
+
+def _explain(error: Exception) -> InvalidRequestError:
+    from cattrs.v import transform_error
+
+    problems = [_flatten(problem) for problem in transform_error(error, format_exception=_describe)]
+    first, _, path = problems[0].rpartition(" @ $.")
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = f"{path}: {first}{more}" if first else f"{problems[0]}{more}"
+    return InvalidRequestError(message, field=path or None, problems=problems)
+
+
+def _describe(error: BaseException, kind: type | None) -> str:
+    if isinstance(error, InvalidRequestError):
+        return error.problems[0] if error.problems else error.message
+    if isinstance(error, KeyError):
+        return "expected a value (the field is required)"
+    name = getattr(kind, "__name__", None) or "another type"
+    return f"expected {name}: {error}"
+
+
+def _flatten(problem: str) -> str:
+    """Join the path inside a value to the path of the value: ``x @ $.b @ $.a`` becomes ``x @ $.a.b``."""
+    nested = _NESTED_PATH.fullmatch(problem)
+    return f"{nested[1]} @ ${nested[3]}{nested[2]}" if nested else problem
+
+
+@cache
+def _converter() -> Any:
+    from cattrs import Converter
+
+    converter = Converter()
+    for cls, read in _READERS.items():  # by identity: cattrs would resolve annotations that need numpy
+        converter.register_structure_hook_func(partial(operator.is_, cls), read)
+    for cls, write in _WRITERS.items():
+        converter.register_unstructure_hook_func(partial(operator.is_, cls), write)
+    return converter
+
+
+def _build(data: Any, cls: type[T]) -> T:
+    if isinstance(data, cls):
+        return data
+    if not isinstance(data, Mapping):
+        raise InvalidRequestError(f"expected the fields of a {cls.__name__}, got {checks.shown(data)}")
+    return checks.build(cls, data)
+
+
+def _known(data: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise InvalidRequestError(f"expected an object with {', '.join(names)}, got {checks.shown(data)}")
+    return {name: data[name] for name in names if name in data}
+
+
+def _text_chunk(data: Any, _: object) -> EncodedTextChunk:
+    if not isinstance(data, Mapping) or data.get("type", "encoded_text") != "encoded_text":
+        raise InvalidRequestError("expected an encoded_text chunk; the models served here take text only", field="type")
+    return EncodedTextChunk(data.get("tokens"))
+
+
+def _model_input(data: Any, _: object) -> ModelInput:
+    chunks = _known(data, ("chunks",)).get("chunks")
+    if not isinstance(chunks, list):
+        raise checks.refuse("chunks", "a list of chunks", chunks)
+    return ModelInput(_each(EncodedTextChunk, chunks, "chunks"))
+
+
+def _datum(data: Any, _: object) -> Datum:
+    fields = _known(data, ("model_input", "loss_fn_inputs"))
+    tensors = fields.get("loss_fn_inputs") or {}
+    if not isinstance(tensors, Mapping):
+        raise checks.refuse("loss_fn_inputs", "an object of tensors", tensors)
+    named = {}
+    for name, tensor in tensors.items():
+        try:
+            named[str(name)] = decode(TensorData, tensor)
+        except InvalidRequestError as error:
+            raise checks.located(error, f"loss_fn_inputs.{name}") from error
+    try:
+        model_input = decode(ModelInput, fields.get("model_input"))
+    except InvalidRequestError as error:
+        raise checks.located(error, "model_input") from error
+    return Datum(model_input, named)
+
+
+def _each(cls: type[T], items: list[Any], at: str) -> tuple[T, ...]:
+    values = []
+    for index, item in enumerate(items):
+        try:
+            values.append(decode(cls, item))
+        except InvalidRequestError as error:
+            raise checks.located(error, f"{at}[{index}]") from error
+    return tuple(values)
+
+
+def _tensor(data: Any, _: object) -> TensorData:
+    fields = _known(data, ("data", "dtype", "shape"))
+    if "data" not in fields:
+        raise checks.refuse("data", "the tensor's values", None)
+    return TensorData(**fields)
+
+
+def _strict(kind: type, *taken: type) -> Callable[[Any, Any], Any]:
+    """A reader of a JSON primitive that takes nothing else for it: "false" is not a bool, 1.5 not an int."""
+
+    def read(data: Any, _: object) -> Any:
+        if type(data) not in taken:
+            raise InvalidRequestError(f"expected {kind.__name__}, got {checks.shown(data)}", constraint=kind.__name__)
+        return kind(data)
+
+    return read
+
+
+def _plain_batch(batch: BatchData) -> dict[str, Any]:
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
+
+
+def _plain_tensor(tensor: TensorData) -> dict[str, Any]:
+    return {"data": tensor.array.ravel(), "dtype": tensor.dtype, "shape": tensor.shape}
+
+
+def _plain_chunk(chunk: EncodedTextChunk) -> dict[str, Any]:
+    return {"type": "encoded_text", "tokens": chunk.array}
+
+
+_READERS: dict[type, Callable[[Any, Any], Any]] = {
+    **dict.fromkeys(_CONFIGS, _build),
+    BatchData: lambda data, _: BatchData.of(data, at=""),
+    TensorData: _tensor,
+    EncodedTextChunk: _text_chunk,
+    ModelInput: _model_input,
+    Datum: _datum,
+    datetime: lambda text, _: datetime.fromisoformat(text),
+    bool: _strict(bool, bool),
+    int: _strict(int, int),
+    float: _strict(float, float, int),
+    str: _strict(str, str),
+}
+_WRITERS: dict[type, Callable[[Any], Any]] = {
+    **dict.fromkeys(_CONFIGS, attrs.asdict),
+    BatchData: _plain_batch,
+    TensorData: _plain_tensor,
+    EncodedTextChunk: _plain_chunk,
+    datetime: datetime.isoformat,
+}
