@@ -23,6 +23,7 @@ The attributes beside a class live in ``details``, so they cross HTTP and pickli
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import attrs
@@ -183,11 +184,14 @@ class QueueFullError(TGTinkerError):
 
 
 class DPBudgetExceededError(TGTinkerError):
-    """The step would spend more privacy than the budget allows; nothing was changed."""
+    """The step would spend more privacy than the budget allows; nothing was changed.
+
+    ``current_epsilon`` and ``projected_epsilon`` are None where ε is infinite: JSON has no infinity.
+    """
 
     default_code = "DP_BUDGET_EXCEEDED"
     http_status = 400
-    current_epsilon = _Detail[float](0.0)
+    current_epsilon = _Detail[float | None](None)
     max_epsilon = _Detail[float](0.0)
     projected_epsilon = _Detail[float | None](None)
     delta = _Detail[float](0.0)
@@ -196,16 +200,16 @@ class DPBudgetExceededError(TGTinkerError):
         self,
         message: str,
         *,
-        current_epsilon: float,
+        current_epsilon: float | None,
         max_epsilon: float,
         projected_epsilon: float | None,
         delta: float,
         request_id: str | None = None,
     ) -> None:
         details = {
-            "current_epsilon": current_epsilon,
+            "current_epsilon": _finite(current_epsilon),
             "max_epsilon": max_epsilon,
-            "projected_epsilon": projected_epsilon,
+            "projected_epsilon": _finite(projected_epsilon),
             "delta": delta,
         }
         super().__init__(message, details=details, request_id=request_id)
@@ -309,6 +313,10 @@ class UnretrievedOperationWarning(RuntimeWarning):
     """An operation failed and nobody looked at the failure."""
 
 
+def _finite(epsilon: float | None) -> float | None:
+    return epsilon if epsilon is not None and math.isfinite(epsilon) else None
+
+
 def _restore(
     cls: type[TGTinkerError], message: str, code: str, details: dict[str, Any], request_id: str | None
 ) -> TGTinkerError:
@@ -337,12 +345,18 @@ _BY_STATUS: dict[int, type[TGTinkerError]] = {
 def from_wire(body: Mapping[str, Any], status: int = 500) -> TGTinkerError:
     """Rebuild the error of a response: by its code where that is known, else by the HTTP status."""
     code = str(body.get("code") or "")
-    cls = _BY_CODE.get(code) or (ResourceNotFoundError if code.endswith("_NOT_FOUND") else None)
-    cls = cls or _BY_STATUS.get(status, ServerError)
-    message = str(body.get("message") or f"the server answered with status {status}")
     details = body.get("details")
     details = dict(details) if isinstance(details, dict) else {}
+    cls = _BY_CODE.get(code) or _by_shape(code, details) or _BY_STATUS.get(status, ServerError)
+    message = str(body.get("message") or f"the server answered with status {status}")
     return _restore(cls, message, code or cls.default_code, details, body.get("request_id"))
+
+
+def _by_shape(code: str, details: Mapping[str, Any]) -> type[TGTinkerError] | None:
+    """The class of an error whose code is not its class's own, such as RUN_NOT_FOUND or RUN_COMPLETED."""
+    if code.endswith("_NOT_FOUND"):
+        return ResourceNotFoundError
+    return InvalidRequestError if {"field", "constraint", "problems"} <= details.keys() else None
 
 
 @attrs.frozen

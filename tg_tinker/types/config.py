@@ -44,6 +44,10 @@ def _lowered(name: Any) -> Any:
     return name.lower() if isinstance(name, str) else name
 
 
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
 def _two_decay_rates(_: object, __: object, value: Any) -> None:
     good = isinstance(value, tuple) and len(value) == 2 and all(isinstance(beta, (int, float)) for beta in value)
     if not good or not all(0.0 <= beta < 1.0 for beta in value):
@@ -71,7 +75,7 @@ class OptimizerConfig:
     warmup_steps: int = attrs.field(default=0, validator=checks.integer(0))
     lr_scheduler: str = attrs.field(default="constant", validator=checks.choice(*SCHEDULES))
     lr_scheduler_kwargs: dict[str, Any] = attrs.field(
-        factory=dict, converter=dict, validator=checks.instance(dict, "a dict")
+        factory=dict, converter=_copied, validator=checks.instance(dict, "a dict")
     )
 
 
@@ -145,7 +149,7 @@ class TrainingConfig:
     max_sequence_length: int = attrs.field(default=2048, validator=checks.integer(1))
     mixed_precision: str = attrs.field(default="auto", validator=checks.choice(*PRECISIONS))
     gradient_checkpointing: bool = attrs.field(default=False, validator=checks.flag())
-    metadata: dict[str, Any] = attrs.field(factory=dict, converter=dict, validator=checks.instance(dict, "a dict"))
+    metadata: dict[str, Any] = attrs.field(factory=dict, converter=_copied, validator=checks.instance(dict, "a dict"))
     seed: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(0, 2**63 - 1)))
 
     def __attrs_pre_init__(self, *args: object, **fields: object) -> None:

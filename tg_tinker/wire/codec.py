@@ -41,6 +41,13 @@ def dumps(value: object) -> bytes:
     return orjson.dumps(_converter().unstructure(value), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
+def embedded(body: bytes) -> object:
+    """JSON that is encoded already, to stand inside a value that is about to be: it is written as it is."""
+    import orjson
+
+    return orjson.Fragment(body)
+
+
 def loads(body: bytes) -> Any:
     """Plain data of JSON bytes; raises ``InvalidRequestError`` where they are not JSON."""
     import orjson
@@ -97,6 +104,8 @@ def _converter() -> Any:
     converter = Converter()
     for cls, read in _READERS.items():  # by identity: cattrs would resolve annotations that need numpy
         converter.register_structure_hook_func(partial(operator.is_, cls), read)
+    for cls, read in _PRIMITIVES.items():  # by class: there cattrs has readers of its own, which convert
+        converter.register_structure_hook(cls, read)
     for cls, write in _WRITERS.items():
         converter.register_unstructure_hook_func(partial(operator.is_, cls), write)
     return converter
@@ -195,6 +204,8 @@ _READERS: dict[type, Callable[[Any, Any], Any]] = {
     ModelInput: _model_input,
     Datum: _datum,
     datetime: lambda text, _: datetime.fromisoformat(text),
+}
+_PRIMITIVES: dict[type, Callable[[Any, Any], Any]] = {
     bool: _strict(bool, bool),
     int: _strict(int, int),
     float: _strict(float, float, int),

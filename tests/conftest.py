@@ -1,0 +1,68 @@
+"""What all tests share: fixtures by theme, and a guard that no test leaves a thread, a task or a session behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads collapse where other work shares the cores
+sys.path.append(str(Path(__file__).parent))  # so that `fixtures` can be imported from every test
+
+from fixtures.server import ThreadedServer, threaded_server  # needs the path above
+
+from tg_tinker import bridge
+
+GRACE = 3.0  # seconds that what a test started may take to wind down
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    """Fail a test after which threads, tasks on the bridge or open sessions remain that were not there before."""
+    threads, guests = set(threading.enumerate()), _guests()
+    yield
+    for what, left in {
+        "threads": lambda: {thread for thread in threading.enumerate() if thread not in threads and not _ours(thread)},
+        "tasks on the bridge": _bridge_tasks,
+        "sessions": lambda: _guests() - guests,
+    }.items():
+        _wait_until_gone(what, left)
+
+
+def _wait_until_gone(what: str, left: Callable[[], set[object]]) -> None:
+    if left():
+        gc.collect()  # forgotten clients close what they left open
+    deadline = time.monotonic() + GRACE
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if left():
+        pytest.fail(f"the test left {what} behind: {left()}")
+
+
+def _ours(thread: threading.Thread) -> bool:
+    """The bridge, and the worker threads that a loop keeps for itself, may stay."""
+    return thread.name == "tg-tinker-loop" or thread.name.startswith("asyncio_")
+
+
+def _bridge_tasks() -> set[object]:
+    loop = bridge.ThreadHome().loop()
+    return set() if loop is None or loop.is_closed() else set(asyncio.all_tasks(loop))
+
+
+def _guests() -> set[object]:
+    thread = bridge._shared.thread
+    return set() if thread is None else set(thread.guests)
+
+
+@pytest.fixture
+def threaded() -> Iterator[ThreadedServer]:
+    """A scripted server on a loop of its own, for tests that block."""
+    with threaded_server() as server:
+        yield server

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from fixtures.fake_engine import MODEL
+from fixtures.server_client import Client
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.server.auth import PUBLIC, new_key
+from tg_tinker.server.middleware import ROOMS
+
+PUBLIC_ON_PURPOSE = {"/healthz", "/readyz", "/v1/health", "/v1/loops/files/{token}/{name}"}
+
+
+def routes(client: Client) -> list[tuple[str, str]]:
+    """Every route of the application."""
+    resources = client.server.app.router.resources()
+    return [(route.method, resource.canonical) for resource in resources for route in resource]
+
+
+async def test_every_route_needs_a_key_but_those_listed(client):
+    """No route answers a request without a key, nor one with a wrong key, except the four that are public."""
+    assert len(routes(client)) > 40
+    assert PUBLIC == PUBLIC_ON_PURPOSE
+    for method, path in routes(client):
+        concrete = path.replace("{", "").replace("}", "")
+        for key in (None, "wrong"):
+            answer = await client.as_tenant(key).call(method, concrete)
+            if path in PUBLIC_ON_PURPOSE:
+                assert answer.status != 401, path
+            elif method != "HEAD":
+                assert (answer.status, answer.error["code"]) == (401, "AUTHENTICATION_REQUIRED"), path
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "Api-Key", "api-key"])
+async def test_both_schemes_are_taken(client, scheme):
+    """A key may come as Bearer or as Api-Key."""
+    answer = await client.as_tenant(None).get("/v1/training_clients", Authorization=f"{scheme} test-key")
+    assert answer.status == 200
+
+
+async def test_keys_of_the_database_expire_and_can_be_revoked(serve, monkeypatch):
+    """A stored key opens the server until it expires or is revoked; another's secret with its id does not."""
+    monkeypatch.setattr("tg_tinker.server.auth._REMEMBERED", 0.0)
+    client = await serve(keys={})
+    database = client.server.app[ROOMS].database
+    now = datetime.now(UTC)
+    await database.add_tenant("acme", now)
+    good, row = new_key("acme", name="laptop")
+    old, old_row = new_key("acme", expires_at=now - timedelta(seconds=1))
+    await database.add_api_key(row)
+    await database.add_api_key(old_row)
+
+    async def status(key: str | None) -> int:
+        return (await client.as_tenant(key).get("/v1/training_clients")).status
+
+    forged = good[: -len("abc")] + "abc"
+    assert [await status(key) for key in (good, old, forged, None)] == [200, 401, 401, 401]
+    created = (await client.as_tenant(good).post("/v1/training_clients", {"model_ref": MODEL})).json
+    assert created["tenant_id"] == "acme"
+    await database.revoke_api_key(row.key_id, datetime.now(UTC))
+    assert await status(good) == 401
+
+
+async def test_without_any_key_loopback_is_open_and_other_addresses_are_refused(serve):
+    """A server without keys serves its own machine as one tenant; it refuses to start on another address."""
+    client = await serve(keys={})
+    assert (await client.as_tenant(None).get("/v1/training_clients")).status == 200
+    with pytest.raises(InvalidRequestError, match="tg-tinker keys create"):
+        await serve(keys={}, host="0.0.0.0")
+
+
+async def test_a_foreign_id_is_as_good_as_none(client):
+    """Another tenant's run, future and artifact answer 404, exactly like ids that never existed."""
+    run = await client.create(MODEL)
+    future = await client.submit(f"{run}/save_state")
+    artifact = (await client.result(future))["result"]["artifact_id"]
+    other = client.as_tenant("other-key")
+    for path in (run, future, f"{future}/result", f"/v1/artifacts/{artifact}/content", f"{run}/privacy"):
+        foreign = await other.get(path)
+        assert foreign.status == 404, path
+        assert foreign.error["code"].endswith("_NOT_FOUND")
+        assert (await client.get(path)).status == 200, path
+    assert (await other.post(f"{run}/optim_step")).status == 404
+    assert (await other.get("/v1/training_clients")).json == []
+    assert (await other.get("/v1/futures")).json == []
+
+
+async def test_a_rebound_name_is_refused(client):
+    """A Host header with any other name gets 403: no web page can reach the server under its own name."""
+    assert (await client.get("/healthz", Host="evil.example")).status == 403
+    assert (await client.get("/healthz", Host="localhost:1")).status == 200
+
+
+async def test_too_many_requests_are_told_when_to_come_back(serve):
+    """Over the limit a tenant gets 429 with Retry-After; another tenant is not affected."""
+    client = await serve(requests_per_minute=3)
+    answers = [await client.get("/v1/training_clients") for _ in range(4)]
+    assert [answer.status for answer in answers] == [200, 200, 200, 429]
+    assert int(answers[3].headers["Retry-After"]) >= 1
+    assert answers[3].error["code"] == "RATE_LIMITED"
+    assert (await client.as_tenant("other-key").get("/v1/training_clients")).status == 200

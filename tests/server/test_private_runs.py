@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures.server_client import Client, datum
+
+from tg_tinker.server.engine import TorchEngine
+from tg_tinker.wire import digest
+
+TINY = "tg-tinker/tiny"
+DP = {"noise_multiplier": 1.0, "max_grad_norm": 0.5, "target_epsilon": None, "target_delta": 1e-5}
+
+
+def batch(*rows: int) -> dict:
+    """A batch of rows that differ."""
+    return {"batch": {"input_ids": [[row, row + 1, row + 2, row + 3] for row in rows]}}
+
+
+@pytest.fixture
+async def real(serve, tmp_path: Path) -> Client:
+    """A client of a server with the real engine."""
+    return await serve(engine=TorchEngine(home=tmp_path, threads=1))
+
+
+async def make(client: Client, **config) -> str:
+    """A private TG run on the tiny model."""
+    fields = {"seed": 1, "batch_size": 4, "lora_config": {"rank": 4, "dropout": 0.0}, **config}
+    fields["dp_config"] = {**DP, **config.get("dp_config", {})}
+    return await client.create(TINY, **fields)
+
+
+async def test_a_private_step_reports_what_it_cost(real):
+    """Metrics count examples, clipped ones and ε; the report, the listing and the artifact agree."""
+    run = await make(real)
+    await real.run(f"{run}/forward_backward", batch(10, 20, 30))
+    metrics = (await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]
+    assert metrics["noise_applied"] is True
+    assert metrics["num_clipped"] == 3
+    assert metrics["grad_norm_before_clip"] > metrics["grad_norm_after_clip"] == pytest.approx(0.5, rel=1e-4)
+    assert metrics["epsilon_spent"] == metrics["total_epsilon"] > 0
+    report = (await real.get(f"{run}/privacy")).json
+    assert (report["enabled"], report["steps"], report["expected_batch_size"]) == (True, 1, 4)
+    assert report["total_epsilon"] == metrics["total_epsilon"]
+    assert (await real.get(run)).json["dp_metrics"]["total_epsilon"] == metrics["total_epsilon"]
+    await real.post(f"{run}/save_state")
+    (artifact,) = (await real.get("/v1/artifacts")).json
+    assert artifact["privacy"]["total_epsilon"] == metrics["total_epsilon"]
+    assert artifact["privacy"]["unit"] == "one row of a batch"
+    (entry,) = [
+        entry for entry in (await real.get("/v1/audit_logs?operation=optim_step")).json if entry["event"] == "ended"
+    ]
+    assert entry["dp_metrics"]["total_epsilon"] == metrics["total_epsilon"]
+
+
+async def test_splitting_a_batch_changes_nothing(real):
+    """Three examples in one call or in three give the same clipped sum: gradient norms after one step agree."""
+    hashes = set()
+    for calls in ([(10, 20, 30)], [(10,), (20,), (30,)]):
+        run = await make(real, dp_config={"noise_multiplier": 0.0})
+        for rows in calls:
+            await real.run(f"{run}/forward_backward", batch(*rows))
+        norm = (await real.run(f"{run}/optim_step"))["result"]["grad_norm"]
+        hashes.add(round(norm, 6))
+    assert len(hashes) == 1
+
+
+async def test_hashes_are_keyed(real):
+    """Under privacy no hash is one that an outsider could compute; a passed one is verified and stands behind it."""
+    run = await make(real)
+    given = digest.batch_hash(batch(10)["batch"])
+    done = (await real.run(f"{run}/forward_backward", {**batch(10), "batch_hash": given}))["result"]
+    keyed, _, echoed = done["batch_hash"].partition(" ")
+    assert keyed.startswith("hmac-sha256:")
+    assert echoed == given
+    assert done["gradient_hash"].startswith("hmac-sha256:")
+    wrong = await real.post(f"{run}/forward_backward", {**batch(11), "batch_hash": given})
+    assert wrong.status == 422
+
+
+async def test_the_budget_is_checked_before_anything_changes(real):
+    """Over the budget both the pass and the step are refused, and what was is still there; sampling and saving go on."""
+    run = await make(real, dp_config={"target_epsilon": 6.0})
+    await real.run(f"{run}/forward_backward", batch(10))
+    spent = (await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]["total_epsilon"]
+    while True:
+        outcome = await real.run(f"{run}/optim_step")  # a step on no examples is a step, and is charged
+        if outcome["status"] == "failed":
+            break
+        spent = outcome["result"]["dp_metrics"]["total_epsilon"]
+    details = outcome["error"]["details"]
+    assert outcome["error"]["code"] == "DP_BUDGET_EXCEEDED"
+    assert details["current_epsilon"] == spent < 6.0 == details["max_epsilon"] < details["projected_epsilon"]
+    refused = await real.run(f"{run}/forward_backward", batch(20))
+    assert refused["error"]["code"] == "DP_BUDGET_EXCEEDED"
+    report = (await real.get(f"{run}/privacy")).json
+    assert report["total_epsilon"] == spent
+    for name, body in (("sample", {"prompts": "a", "max_tokens": 2}), ("save_state", {})):
+        assert (await real.run(f"{run}/{name}", body))["status"] == "completed"
+    assert (await real.run(f"{run}/forward_backward", {**batch(30), "mode": "eval"}))["status"] == "completed"
+
+
+async def test_the_ledger_is_never_rolled_back(real):
+    """Loading an older state, and starting a new client from it, keep every release that was made."""
+    run = await make(real)
+    saved = []
+    for row in (10, 20, 30):
+        await real.run(f"{run}/forward_backward", batch(row))
+        await real.run(f"{run}/optim_step")
+        saved.append((await real.post(f"{run}/save_state")).json["artifact_id"])
+    spent = (await real.get(f"{run}/privacy")).json["total_epsilon"]
+    loaded = (await real.post(f"{run}/load_state", {"artifact_id": saved[0]})).json
+    assert loaded["step"] == 1
+    assert (await real.get(f"{run}/privacy")).json["total_epsilon"] == spent
+    heir = await make(real, checkpoint_id=saved[1])
+    assert (await real.get(f"{heir}/privacy")).json["steps"] == 2
+    plain = await real.create(TINY, lora_config={"rank": 4, "dropout": 0.0}, checkpoint_id=saved[1])
+    carried = (await real.post(f"{plain}/save_state")).json["artifact_id"]
+    grandchild = await make(real, checkpoint_id=carried)
+    assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 2
+
+
+async def test_an_example_enters_a_step_once(real):
+    """The same row twice within a step is refused by place; in the next step it is welcome."""
+    run = await make(real)
+    await real.run(f"{run}/forward_backward", batch(10, 20))
+    outcome = await real.run(f"{run}/forward_backward", batch(30, 10))
+    assert outcome["error"]["details"]["field"] == "batch[1]"
+    assert (await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]["num_clipped"] == 2
+    assert (await real.run(f"{run}/forward_backward", batch(10)))["status"] == "completed"
+
+
+async def test_a_step_without_noise_is_infinite_or_refused(real):
+    """apply_dp_noise=False is refused where there is a target, and makes ε infinite for good where there is none."""
+    bounded = await make(real, dp_config={"target_epsilon": 8.0})
+    await real.run(f"{bounded}/forward_backward", batch(10))
+    outcome = await real.run(f"{bounded}/optim_step", {"apply_dp_noise": False})
+    assert outcome["error"]["code"] == "DP_BUDGET_EXCEEDED"
+    assert outcome["error"]["details"]["projected_epsilon"] is None
+    free = await make(real)
+    await real.run(f"{free}/forward_backward", batch(10))
+    metrics = (await real.run(f"{free}/optim_step", {"apply_dp_noise": False}))["result"]["dp_metrics"]
+    assert (metrics["noise_applied"], metrics["total_epsilon"], metrics["epsilon_is_infinite"]) == (False, None, True)
+
+
+async def test_privacy_on_the_loops_surface(real):
+    """A Loops run with dp_config is private by datum; without a public batch size it is refused, and so is dpo."""
+    refused = await real.post("/v1/loops/trainers", {"base_model": TINY, "dp_config": DP})
+    assert refused.error["details"]["field"] == "dp_config.expected_batch_size"
+    trainer, _ = await real.trainer(TINY, dp_config={**DP, "expected_batch_size": 2})
+    await real.operate(trainer, "forward_backward", {"data": [datum(1, 2, 3), datum(4, 5)]})
+    metrics = (await real.operate(trainer, "optim_step", {"adam_params": {}}))["result"]["metrics"]
+    assert metrics["epsilon"] == metrics["epsilon_spent"] > 0
+    tensors = {"target_tokens": {"data": [2, 3], "dtype": "int64"}, "weights": {"data": [1, 1]},
+               "ref_logprobs": {"data": [-1.0, -1.0]}}  # fmt: skip
+    pair = [{"model_input": datum(row, 2)["model_input"], "loss_fn_inputs": tensors} for row in (1, 2)]
+    outcome = await real.operate(trainer, "forward_backward", {"data": pair, "loss_fn": "dpo"})
+    assert outcome["details"]["field"] == "loss_fn"

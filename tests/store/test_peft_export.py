@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.store.peft_export import export_peft
+
+# peft asks a model for a property that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def make_model() -> LlamaForCausalLM:
+    """Make a small seeded Llama."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
+def test_peft_loads_the_exported_folder(tmp_path: Path, targets: tuple[str, ...] | None) -> None:
+    """``PeftModel.from_pretrained`` gives the logits of the model that the tensors were trained in."""
+    wanted = "all-linear" if targets is None else list(targets)
+    trained = get_peft_model(make_model(), LoraConfig(r=4, lora_alpha=12, target_modules=wanted)).eval()
+    for parameter in trained.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    tensors = dict(get_peft_model_state_dict(trained))
+    ids = torch.arange(10).reshape(2, 5)
+    expected = trained(ids).logits
+    extra = {**tensors, "exp_avg.something": torch.zeros(2)}
+    export_peft(tmp_path / "adapter", extra, base_model="base", rank=4, alpha=12.0, target_modules=targets)
+    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
+    assert torch.equal(loaded(ids).logits, expected)
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+def test_nothing_to_export_is_refused(tmp_path: Path) -> None:
+    """Without LoRA weights there is no folder."""
+    with pytest.raises(InvalidRequestError) as caught:
+        export_peft(tmp_path / "adapter", {"x": torch.zeros(1)}, base_model="b", rank=1, alpha=1.0)
+    assert caught.value.field == "tensors"
+    assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,50 @@
+"""What both type checkers must refuse: each marked line names the codes of mypy and of pyright. Never executed."""
+
+from __future__ import annotations
+
+from api import Loss, Trainer
+
+from tg_tinker.core.call import Call
+from tg_tinker.faces import operation, twin
+
+
+async def wrong_arguments(trainer: Trainer) -> None:
+    trainer.step(["a"])  # expect: list-item reportArgumentType
+    trainer.step([1], "2")  # expect: arg-type reportArgumentType
+    trainer.step([1], nte="x")  # expect: call-arg reportCallIssue
+    trainer.step()  # expect: call-arg reportCallIssue
+    trainer.step([1], 1.0, "x")  # expect: call-arg reportCallIssue
+    await trainer.step_async(["a"])  # expect: list-item reportArgumentType
+    await trainer.step_async([1], nte="x")  # expect: call-arg reportCallIssue
+    trainer.evaluate("x")  # expect: arg-type reportArgumentType
+    await trainer.evaluate_async(1)  # expect: arg-type reportArgumentType
+    trainer.tokens(1)  # expect: arg-type reportArgumentType
+    trainer.tokens_async(1)  # expect: arg-type reportArgumentType
+    trainer.publish(1)  # expect: arg-type reportArgumentType
+    trainer.publish([1]).result(timeout="5")  # expect: arg-type,arg-type reportArgumentType,reportArgumentType
+
+
+async def wrong_results(trainer: Trainer) -> None:
+    loss: int = trainer.step([1]).result()  # expect: assignment reportAssignmentType
+    other: int = await trainer.step([1])  # expect: assignment reportAssignmentType
+    value: str = trainer.evaluate([1])  # expect: assignment reportAssignmentType
+    early: Loss = trainer.step([1])  # expect: assignment reportAssignmentType
+    once: Loss = await trainer.step_async([1])  # expect: assignment reportAssignmentType
+    print(loss, other, value, early, once)
+
+
+class NoCore:
+    """A class without what faces need."""
+
+    @operation  # expect: type-var reportArgumentType
+    def step(self) -> Call[int]:
+        """Have nowhere to go."""
+        raise NotImplementedError
+
+
+def not_a_face(number: int) -> int:
+    """Be no face at all."""
+    return number
+
+
+wrong = twin(not_a_face)  # expect: type-var reportArgumentType

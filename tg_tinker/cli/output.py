@@ -1,0 +1,77 @@
+"""What every subcommand says things with: tables or JSON on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tg_tinker.errors import TGTinkerError
+
+__all__ = ["JSON", "advice_for_people", "format_option", "human", "show_rows", "talk"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+JSON = "json"
+
+
+def talk() -> Console:
+    """Give the console for people: standard error, so that standard output stays clean for programs."""
+    return Console(stderr=True, highlight=False)
+
+
+def human() -> Console:
+    """Give the console for what a person asked to see: standard output."""
+    return Console(highlight=False)
+
+
+def format_option(function: Callable[P, R]) -> Callable[P, R]:
+    """Add ``--format table|json`` to a command, as its parameter ``output``."""
+    option = click.option(
+        "--format",
+        "output",
+        type=click.Choice(["table", JSON]),
+        default="table",
+        show_default=True,
+        help="For people or programs.",
+    )
+    return option(function)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], output: str) -> None:
+    """Print rows: as a JSON list with every field, or as a table of the named columns (field -> heading)."""
+    if output == JSON:
+        click.echo(json.dumps(list(rows), indent=2, default=str))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in columns.values():
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(field))) for field in columns))
+    human().print(table)
+
+
+def advice_for_people(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn the package's own errors into one line on standard error and exit code 1; a traceback helps nobody here."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TGTinkerError as error:
+            talk().print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
+            sys.exit(1)
+
+    return guarded
+
+
+def _cell(value: object) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,91 @@
+"""The order of one run's submits: first called, first accepted by the server, across threads and loops.
+
+A place is taken by the call itself, in the caller's thread. Waiting one's turn and leaving happen at home.
+"""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+from tg_tinker.latch import Latch
+
+__all__ = ["Lane", "Place"]
+
+
+class Lane:
+    """A queue in which each place knows only the one ahead of it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tail: Place | None = None
+        self._taken = 0
+        self.refusals = 0  # submits of gradients that the server did not take
+
+    def __repr__(self) -> str:
+        """Say how many places were taken and whether anybody is in line."""
+        busy = self._tail is not None and not self._tail.left.is_set()
+        return f"<Lane {self._taken} taken{', busy' if busy else ''}>"
+
+    def take(self) -> Place:
+        """Take the next place; any thread, never waits."""
+        with self._lock:
+            self._taken += 1
+            self._tail = Place(self, self._tail, self._taken)
+            return self._tail
+
+
+class Place:
+    """A place in line: ``async with place`` waits for those ahead and leaves at the end, whatever happens."""
+
+    __slots__ = ("_ahead", "_given_up", "_lane", "_refusals", "left", "number")
+
+    def __init__(self, lane: Lane, ahead: Place | None, number: int) -> None:
+        self._lane = lane
+        self._ahead = ahead
+        self._refusals = lane.refusals
+        self._given_up = False
+        self.number = number
+        self.left = Latch()
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether the server refused a gradient of this run since the place was taken."""
+        return self._lane.refusals != self._refusals
+
+    def refuse(self) -> None:
+        """Note that the server did not take this place's gradient."""
+        self._lane.refusals += 1
+
+    async def turn(self) -> None:
+        """Wait until every place ahead has been left; a wait that is cancelled leaves no hole."""
+        try:
+            if self._ahead is not None:
+                await self._ahead.left.wait_async()
+        except BaseException:
+            self.leave()
+            raise
+        self._ahead = None
+
+    async def __aenter__(self) -> Self:
+        """Wait for one's turn."""
+        await self.turn()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the next one go."""
+        self.leave()
+
+    def leave(self) -> None:
+        """Give the place up; whoever is behind goes on waiting for those who are ahead."""
+        if self._given_up:
+            return
+        self._given_up = True
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            self.left.set()
+        else:
+            ahead.left.when_set(self.left.set)

@@ -1,0 +1,146 @@
+"""The Loops control plane and small requests, as coroutines that run at home: samplers, checkpoints, versions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urljoin
+
+import attrs
+
+from tg_tinker.core.call import call
+from tg_tinker.core.reply import Reply
+from tg_tinker.core.run import RunCore
+from tg_tinker.errors import ResourceNotFoundError, ServerError, ServerUnreachableError
+from tg_tinker.types import checks
+from tg_tinker.types.loops_results import Checkpoint, CheckpointFilesResponse
+from tg_tinker.wire import codec, headers, loops
+
+__all__ = [
+    "archive_page",
+    "checkpoint_at",
+    "checkpoint_path",
+    "checkpoints_of",
+    "fields",
+    "is_ours",
+    "open_sampler",
+    "pinned_to",
+    "served_version",
+    "wait_until_healthy",
+]
+
+PREFIX = "bt://loops:"
+_HEALTH_PAUSE = 2.0  # seconds between questions to a trainer that is being provisioned
+_ANSWER_SLACK = 15.0  # seconds that an answer may be later than the hold it was asked for
+
+
+def fields(request: object) -> dict[str, Any]:
+    """The body of a request: its fields without those that say nothing."""
+    named = ((field.name, getattr(request, field.name)) for field in attrs.fields(type(request)))  # type: ignore[arg-type]
+    return {name: value for name, value in named if value is not None}
+
+
+def is_ours(base_url: str) -> bool:
+    """Whether a data plane is on the very server that named it, as ours are."""
+    return base_url.startswith("/")
+
+
+def checkpoint_path(path: object, field: str = "path") -> str:
+    """A checkpoint URI, checked as far as a client can."""
+    if not isinstance(path, str) or not path.startswith(PREFIX) or path.count("/") != 4:
+        raise checks.refuse(field, f"{PREFIX}<run_id>/weights/<name> (or .../sampler_weights/<name>)", path)
+    return path
+
+
+def pinned_to(path: str | None) -> dict[str, str]:
+    """The headers of a sampler's requests that hold it to a checkpoint."""
+    return {} if path is None else {headers.CHECKPOINT_PATH: path}
+
+
+async def wait_until_healthy(core: RunCore, run: loops.Run, timeout: float) -> None:
+    """Wait until a trainer that was just provisioned answers. Raises its last error after ``timeout`` seconds."""
+    deadline = asyncio.get_running_loop().time() + timeout
+    ask = {"base_model": run.base_model}
+    while True:
+        try:
+            await core.perform(call(loops.HEALTH, base=run.base_url, query=ask, decode=bool, whole_reply=True))
+        except (ResourceNotFoundError, ServerError, ServerUnreachableError):
+            if asyncio.get_running_loop().time() + _HEALTH_PAUSE > deadline:
+                raise
+            await asyncio.sleep(_HEALTH_PAUSE)
+        else:
+            return
+
+
+async def open_sampler(core: RunCore, request: loops.SamplerRequest, timeout: float) -> loops.Sampler:
+    """The sampler that the control plane gives for a run, a base model or a checkpoint."""
+    envelope = await core.perform(call(loops.CREATE_SAMPLER, fields(request), timeout=timeout))
+    return envelope.sampler
+
+
+async def served_version(core: RunCore, base: str, minimum: int, hold: float) -> tuple[int, bool]:
+    """The newest version that a sampler serves, answered when it is ``minimum`` or ``hold`` seconds later.
+
+    With it, whether this server takes exact versions.
+    """
+    ask = call(
+        loops.SERVED_VERSION,
+        base=base,
+        query={"min": minimum, "wait": f"{hold:.3f}"},
+        decode=_version,
+        whole_reply=True,
+        timeout=hold + _ANSWER_SLACK,
+    )
+    return await core.perform(ask)
+
+
+def _version(reply: Reply) -> tuple[int, bool]:
+    offered = reply.headers.get(headers.EXTENSIONS, "")
+    answer = codec.decode(loops.PolicyVersion, reply.json())
+    return answer.policy_version, "exact-version" in {name.strip() for name in offered.split(",")}
+
+
+async def checkpoints_of(core: RunCore, run_id: str) -> list[Checkpoint]:
+    """A run's checkpoints."""
+    envelope = await core.perform(call(loops.CHECKPOINTS, query={"run_id": run_id}))
+    return list(envelope.checkpoints)
+
+
+async def checkpoint_at(core: RunCore, path: str) -> Checkpoint:
+    """The checkpoint behind a URI. Raises ``ResourceNotFoundError`` where there is none."""
+    envelope = await core.perform(call(loops.CHECKPOINTS, query={"checkpoint_path": path}))
+    if not envelope.checkpoints:
+        message = f"there is no checkpoint {path}"
+        raise ResourceNotFoundError(message, resource_type="checkpoint", resource_id=path)
+    return envelope.checkpoints[0]
+
+
+async def archive_page(
+    core: RunCore, checkpoint: str, page: Mapping[str, int], *, run_id: str | None, target: str | None = None
+) -> CheckpointFilesResponse:
+    """A page of a checkpoint's files; ``checkpoint`` is its ``id``, or within a run its name (``checkpoint_id``)."""
+    try:
+        return await _files(core, checkpoint, page)
+    except ResourceNotFoundError:
+        if run_id is None:
+            raise
+        found = await _named(core, checkpoint, run_id, target)
+        return await _files(core, found.id, page)
+
+
+async def _files(core: RunCore, checkpoint_id: str, page: Mapping[str, int]) -> CheckpointFilesResponse:
+    answer = await core.perform(call(loops.CHECKPOINT_FILES, parts={"id": checkpoint_id}, query=page))
+    base, _ = await core.service.connection.endpoint.resolve()
+    files = tuple(attrs.evolve(file, url=urljoin(base, file.url)) for file in answer.presigned_urls)
+    return attrs.evolve(answer, presigned_urls=files)
+
+
+async def _named(core: RunCore, name: str, run_id: str, target: str | None) -> Checkpoint:
+    """The newest checkpoint of a run by its name; a trainer's goes before a sampler's of the same name."""
+    all_of = await checkpoints_of(core, run_id)
+    named = [one for one in all_of if one.checkpoint_id == name and target in {None, one.target}]
+    if not named:
+        message = f"run {run_id} has no checkpoint {name!r}{f' for a {target}' if target else ''}"
+        raise ResourceNotFoundError(message, resource_type="checkpoint", resource_id=name)
+    return max(named, key=lambda one: (one.target == "trainer", one.created_at))

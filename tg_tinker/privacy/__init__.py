@@ -1,0 +1,1 @@
+"""Differential privacy: clipping, noise, accounting, the ledger and the rules around them. No HTTP, no engine."""

@@ -1,0 +1,1 @@
+"""One file per wire: decode, call, encode. What an operation does is not decided here."""

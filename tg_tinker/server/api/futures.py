@@ -1,0 +1,59 @@
+"""``/v1/futures``: what became of accepted operations, on the TG wire."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from tg_tinker.server.api import common
+from tg_tinker.server.tickets import Held, Ticket
+from tg_tinker.wire import codec, tg
+
+
+def routes() -> list[web.RouteDef]:
+    """Every route of this file."""
+    return [
+        web.get(tg.FUTURES.path, list_futures),
+        web.get(tg.FUTURE.path, get_future),
+        web.get(tg.FUTURE_RESULT.path, result),
+        web.post(tg.FUTURE_CANCEL.path, cancel),
+    ]
+
+
+async def list_futures(request: web.Request) -> web.Response:
+    """The tenant's futures, newest first, of earlier server processes too."""
+    listed = await common.rooms_of(request).journal.list(
+        common.tenant_of(request),
+        run_id=request.query.get("training_client_id"),
+        status=request.query.get("status"),
+        limit=int(common.number(request, "limit", 100)),
+    )
+    return common.reply(listed)
+
+
+async def get_future(request: web.Request) -> web.Response:
+    """How far it is."""
+    return common.reply((await _held(request)).info())
+
+
+async def result(request: web.Request) -> web.Response:
+    """The outcome, as soon as it is there; the request is held until then, at most as long as ``wait`` says."""
+    held = await _held(request)
+    done = await held.wait(common.seconds_to_hold(request))
+    info, error, value = held.info(), held.error(), None
+    if error is not None:
+        held.tell_failure()
+    elif done:
+        value = codec.embedded(await held.body())
+    failure = None if error is None else error.to_wire()["error"]
+    return common.reply(tg.FutureResult(future_id=info.future_id, status=info.status, result=value, error=failure))
+
+
+async def cancel(request: web.Request) -> web.Response:
+    """Keep it from running, or stop it; say whether that came in time."""
+    held = await _held(request)
+    cancelled = isinstance(held, Ticket) and await common.rooms_of(request).tickets.cancel(held)
+    return common.reply(tg.CancelResult(success=cancelled))
+
+
+async def _held(request: web.Request) -> Held:
+    return await common.held(request, request.match_info["id"])

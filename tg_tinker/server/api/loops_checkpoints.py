@@ -1,0 +1,117 @@
+"""The Loops control plane's checkpoints: listed, validated, and their files behind signed URLs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from aiohttp import web
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.server.api import common
+from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
+from tg_tinker.types import checks
+from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse, LoraAdapterConfig
+from tg_tinker.wire import loops as wire
+
+if TYPE_CHECKING:
+    from tg_tinker.store.checkpoints import ArtifactRecord
+
+FILE = "/v1/loops/files/{token}/{name}"
+
+
+def routes() -> list[web.RouteDef]:
+    """Every route of this file."""
+    return [
+        web.get(wire.CHECKPOINTS.path, list_checkpoints),
+        web.post(wire.CHECKPOINT_VALIDATE.path, validate),
+        web.get(wire.CHECKPOINT_FILES.path, files),
+        web.get(wire.CHECKPOINT_SOURCE.path, source),
+        web.get(FILE, file),
+    ]
+
+
+async def list_checkpoints(request: web.Request) -> web.Response:
+    """The checkpoints of a run, of a base model, or behind one URI, oldest first."""
+    store, tenant, query = common.rooms_of(request).store, common.tenant_of(request), request.query
+    asked = [name for name in ("run_id", "base_model", "checkpoint_path") if name in query]
+    if len(asked) != 1:
+        raise checks.refuse("run_id", "exactly one of run_id, base_model and checkpoint_path", asked)
+    if asked == ["checkpoint_path"]:
+        uri = CheckpointUri.parse(query["checkpoint_path"], "checkpoint_path")
+        records = [await asyncio.to_thread(store.find, tenant, uri.run_id, uri.kind, uri.name)]
+    else:
+        records = list(await asyncio.to_thread(store.list, tenant, query.get("run_id")))
+    base = query.get("base_model")
+    chosen = [r for r in records if r.kind in {WEIGHTS, SAMPLER_WEIGHTS} and base in {None, r.metadata["base_model"]}]
+    return common.reply(wire.CheckpointsEnvelope(checkpoints=tuple(_view(record) for record in chosen)))
+
+
+async def validate(request: web.Request) -> web.Response:
+    """An empty object for a checkpoint that is there and serves what it is asked for."""
+    body = await common.read_json(request)
+    uri = CheckpointUri.parse(body.get("checkpoint_path"), "checkpoint_path")
+    store, tenant = common.rooms_of(request).store, common.tenant_of(request)
+    await asyncio.to_thread(store.find, tenant, uri.run_id, uri.kind, uri.name)
+    return common.reply({})
+
+
+async def files(request: web.Request) -> web.Response:
+    """A page of a checkpoint's files, each behind a signed URL."""
+    rooms, tenant = common.rooms_of(request), common.tenant_of(request)
+    record = await asyncio.to_thread(rooms.store.get, tenant, request.match_info["id"])
+    if record.kind not in {WEIGHTS, SAMPLER_WEIGHTS}:
+        raise InvalidRequestError("id: this artifact is no Loops checkpoint; pull it instead", field="id")
+    size, start = int(common.number(request, "page_size", 1000)), int(common.number(request, "page_token", 0))
+    made = await rooms.exports.files(tenant, record.artifact_id)
+    page = list(made.items())[start : start + max(1, size)]
+    end = start + len(page)
+    response = CheckpointFilesResponse(
+        presigned_urls=tuple(_file(request, record, name, content) for name, content in page),
+        next_page_token=end if end < len(made) else None,
+        total_count=len(made),
+    )
+    return common.reply(response)
+
+
+async def source(request: web.Request) -> web.Response:
+    """How to fetch a checkpoint: "s3" is what Loops clients call files behind signed URLs."""
+    store, tenant = common.rooms_of(request).store, common.tenant_of(request)
+    await asyncio.to_thread(store.get, tenant, request.match_info["id"])
+    return common.reply({"source": {"kind": "s3"}})
+
+
+async def file(request: web.Request) -> web.Response:
+    """One file, to whoever holds its signed URL."""
+    exports, name = common.rooms_of(request).exports, request.match_info["name"]
+    grant = exports.verify(request.match_info["token"], name)
+    guarded = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "Content-Disposition": "attachment"}
+    return web.Response(body=await exports.content(grant), content_type="application/octet-stream", headers=guarded)
+
+
+def _file(request: web.Request, record: ArtifactRecord, name: str, content: bytes) -> CheckpointFile:
+    token = common.rooms_of(request).exports.sign(record.tenant, record.artifact_id, name)
+    path = FILE.format(token=token, name=quote(name, safe=""))
+    return CheckpointFile(
+        url=common.own_url(request, path),
+        relative_file_name=name,
+        size_bytes=len(content),
+        last_modified=record.created_at,
+        sha256=hashlib.sha256(content).hexdigest(),
+    )
+
+
+def _view(record: ArtifactRecord) -> Checkpoint:
+    return Checkpoint(
+        id=record.artifact_id,
+        run_id=record.run_id,
+        checkpoint_id=record.name or "",
+        created_at=record.created_at,
+        base_model=record.metadata["base_model"],
+        lora_adapter_config=LoraAdapterConfig(rank=record.metadata["lora_rank"]),
+        size_bytes=record.size_bytes,
+        target="trainer" if record.kind == WEIGHTS else "sampler",
+        expires_at=record.expires_at,
+    )

@@ -1,0 +1,55 @@
+"""The aiohttp application: middlewares, routes, start and end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from aiohttp import web
+
+from tg_tinker.server.api import (
+    futures,
+    loops,
+    loops_checkpoints,
+    loops_control,
+    public,
+    records,
+    samplers,
+    tg,
+)
+from tg_tinker.server.engine import Engine
+from tg_tinker.server.middleware import ROOMS, add_headers, authenticate, check_host, finish, identify
+from tg_tinker.server.rooms import Rooms
+from tg_tinker.server.settings import Settings
+
+
+def create_app(
+    settings: Settings, *, engine: Engine | None = None, report: Callable[[str], Any] | None = None
+) -> web.Application:
+    """Make the application; serve it with ``handler_cancellation=True``, so that clients who leave are noticed.
+
+    ``engine`` replaces the real one in tests. ``report`` hears which stage the loading of a model is at.
+    """
+    app = web.Application(
+        middlewares=[identify, check_host, authenticate, finish], client_max_size=settings.max_body_bytes
+    )
+
+    async def parts(app: web.Application) -> AsyncIterator[None]:
+        rooms = await Rooms.open(settings, engine, report or _nobody)
+        app[ROOMS] = rooms
+        yield
+        await rooms.aclose()
+
+    async def stop(app: web.Application) -> None:
+        app[ROOMS].stop()
+
+    app.cleanup_ctx.append(parts)
+    app.on_shutdown.append(stop)
+    app.on_response_prepare.append(add_headers)
+    for wire in (public, tg, futures, records, loops, samplers, loops_control, loops_checkpoints):
+        app.add_routes(wire.routes())
+    return app
+
+
+def _nobody(_: str) -> None:
+    pass

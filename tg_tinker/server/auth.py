@@ -1,0 +1,115 @@
+"""Who is asking: API keys to tenants. Keys are compared as hashes in constant time and never logged.
+
+Every route needs a key unless it is on the public list; what a tenant may see is decided by looking things up by
+tenant. A key reads ``tg_<id>_<secret>``; the database keeps the id and a hash of the secret.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from datetime import UTC, datetime
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from tg_tinker.errors import AuthenticationError
+from tg_tinker.server.settings import LOCAL_TENANT, Settings
+
+if TYPE_CHECKING:
+    from tg_tinker.store.database import Database
+    from tg_tinker.store.rows import ApiKeyRow
+
+#: routes that answer without a key; the last one carries a signature of its own
+PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/v1/loops/files/{token}/{name}"})
+
+_SCHEMES = ("bearer", "api-key")
+_KEY = re.compile(r"tg_(?P<id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})")
+_REMEMBERED = 5.0  # seconds; a revoked key works no longer than this
+_NO_HASH = hashlib.sha256(b"").hexdigest()
+
+
+def new_key(tenant: str, *, name: str | None = None, expires_at: datetime | None = None) -> tuple[str, ApiKeyRow]:
+    """Draw an API key: its text, to be shown once, and the row to store."""
+    from tg_tinker.store.rows import ApiKeyRow
+
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    row = ApiKeyRow(
+        key_id=key_id,
+        tenant_id=tenant,
+        secret_hash=_hash(secret),
+        name=name,
+        created_at=datetime.now(UTC),
+        expires_at=expires_at,
+    )
+    return f"tg_{key_id}_{secret}", row
+
+
+class Keys:
+    """The keys that open this server: those of its settings and those of its database."""
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._own = {_hash(key): tenant for key, tenant in settings.keys.items()}
+        self._database = database
+        self._rows: dict[str, tuple[float, ApiKeyRow | None]] = {}
+        self._stored: tuple[float, bool] = (-_REMEMBERED, False)
+
+    async def exist(self) -> bool:
+        """Whether there is any key at all."""
+        if self._own:
+            return True
+        asked, found = self._stored
+        if monotonic() > asked + _REMEMBERED:
+            now = datetime.now(UTC)
+            found = any(row.usable(now) for row in await self._database.list_api_keys())
+            self._stored = monotonic(), found
+        return found
+
+    async def tenant_of(self, authorization: str | None) -> str:
+        """The tenant behind an ``Authorization`` header.
+
+        Raises ``AuthenticationError``, which never says what about the key was wrong.
+        """
+        key = _key_of(authorization)
+        if key is None:
+            if self._settings.require_key or await self.exist():
+                raise AuthenticationError("give an API key: Authorization: Bearer <key>")
+            return LOCAL_TENANT
+        tenant = self._own_tenant(key) or await self._stored_tenant(key)
+        if tenant is None:
+            raise AuthenticationError("the API key is not known here, or no longer valid")
+        return tenant
+
+    def _own_tenant(self, key: str) -> str | None:
+        offered, found = _hash(key), None
+        for known, tenant in self._own.items():
+            if hmac.compare_digest(known, offered):
+                found = tenant
+        return found
+
+    async def _stored_tenant(self, key: str) -> str | None:
+        parts = _KEY.fullmatch(key)
+        row = None if parts is None else await self._row(parts["id"])
+        offered = _hash(key if parts is None else parts["secret"])
+        same = hmac.compare_digest(_NO_HASH if row is None else row.secret_hash, offered)
+        return row.tenant_id if row is not None and same and row.usable(datetime.now(UTC)) else None
+
+    async def _row(self, key_id: str) -> ApiKeyRow | None:
+        asked, row = self._rows.get(key_id, (-_REMEMBERED, None))
+        if monotonic() > asked + _REMEMBERED:
+            row = await self._database.get_api_key(key_id)
+            if len(self._rows) > 10_000:  # somebody is guessing
+                self._rows.clear()
+            self._rows[key_id] = monotonic(), row
+        return row
+
+
+def _key_of(authorization: str | None) -> str | None:
+    scheme, _, key = (authorization or "").partition(" ")
+    return key.strip() if scheme.lower() in _SCHEMES and key.strip() else None
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()

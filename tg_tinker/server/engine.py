@@ -1,0 +1,140 @@
+"""The engine as the server sees it: one small interface, so that handlers can be tested without a model.
+
+``TorchEngine`` is the real one. torch is imported on use, in threads, so that a server answers before it is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tg_tinker.server.threads import Threads
+from tg_tinker.types.batch import BatchData
+from tg_tinker.types.loops import Datum
+
+if TYPE_CHECKING:
+    from tg_tinker.engine.adapters import FrozenAdapter
+    from tg_tinker.engine.base_model import BaseModel
+    from tg_tinker.engine.generation import GenerationRequest
+    from tg_tinker.engine.optim import OptimizerSettings
+    from tg_tinker.engine.sampler import Sampler
+    from tg_tinker.engine.trainer import Trainer, TrainerState
+
+
+class Engine(Protocol):
+    """Makes the engine's objects. ``load`` runs in worker threads, the rest on the device thread."""
+
+    def warm(self) -> None:
+        """Do what takes long and can be done before it is needed."""
+        ...
+
+    def prepare_thread(self) -> None:
+        """Set the calling thread up for model work."""
+        ...
+
+    def load(self, ref: str, dtype: str, progress: Callable[[str], None]) -> BaseModel:
+        """Load a base model."""
+        ...
+
+    def sampler(self, base: BaseModel) -> Sampler:
+        """A sampler for all runs on this model."""
+        ...
+
+    def trainer(self, base: BaseModel, spec: Mapping[str, Any], **options: Any) -> Trainer:
+        """A run; ``spec`` are the fields of an ``AdapterSpec``."""
+        ...
+
+    def rows(self, examples: BatchData | Sequence[Datum]) -> list[Any]:
+        """Training rows of a TG batch or of datums."""
+        ...
+
+    def optimizer(self, **fields: Any) -> OptimizerSettings:
+        """Checked settings of an optimizer step."""
+        ...
+
+    def generation(self, **fields: Any) -> GenerationRequest:
+        """A request to sample."""
+        ...
+
+    def state(self, tensors: Mapping[str, Any], counters: Mapping[str, Any]) -> TrainerState:
+        """A trainer's state, as it was stored."""
+        ...
+
+    def frozen(self, base: BaseModel, spec: Mapping[str, Any], tensors: Mapping[str, Any]) -> FrozenAdapter:
+        """A published adapter, as it was stored."""
+        ...
+
+
+class TorchEngine:
+    """The engine of this package."""
+
+    def __init__(self, *, home: Path, device: str = "auto", threads: int | None = None, slots: int = 64) -> None:
+        self._home = home
+        self._device = device
+        self._threads = Threads(threads)
+        self._slots = slots
+
+    def warm(self) -> None:
+        """Import torch, transformers and the engine."""
+        from tg_tinker.engine import base_model, sampler, trainer
+
+        del base_model, sampler, trainer
+
+    def prepare_thread(self) -> None:
+        """Set the number of threads that torch uses from the calling thread."""
+        self._threads.prepare()
+
+    def load(self, ref: str, dtype: str, progress: Callable[[str], None]) -> BaseModel:
+        """Load a base model from the hub, a folder, or by its built-in name."""
+        from tg_tinker.engine import base_model
+
+        return base_model.load(ref, home=self._home, device=self._device, dtype=dtype, progress=progress)
+
+    def sampler(self, base: BaseModel) -> Sampler:
+        """A continuous-batching sampler; the first thing that the device thread learns of a model."""
+        from tg_tinker.engine.sampler import Sampler
+
+        self._threads.fit(base)
+        return Sampler(base, slots=self._slots)
+
+    def trainer(self, base: BaseModel, spec: Mapping[str, Any], **options: Any) -> Trainer:
+        """A LoRA run."""
+        from tg_tinker.engine.adapters import AdapterSpec
+        from tg_tinker.engine.trainer import Trainer
+
+        return Trainer(base, AdapterSpec(**spec), **options)
+
+    def rows(self, examples: BatchData | Sequence[Datum]) -> list[Any]:
+        """Rows as ``engine.batching`` makes them."""
+        from tg_tinker.engine import batching
+
+        return (
+            batching.rows_from_batch(examples) if isinstance(examples, BatchData) else batching.rows_from_data(examples)
+        )
+
+    def optimizer(self, **fields: Any) -> OptimizerSettings:
+        """Settings of ``engine.optim``."""
+        from tg_tinker.engine.optim import OptimizerSettings
+
+        return OptimizerSettings(**fields)
+
+    def generation(self, **fields: Any) -> GenerationRequest:
+        """A request of ``engine.generation``."""
+        from tg_tinker.engine.generation import GenerationRequest
+
+        return GenerationRequest(**fields)
+
+    def state(self, tensors: Mapping[str, Any], counters: Mapping[str, Any]) -> TrainerState:
+        """A state of ``engine.trainer``."""
+        from tg_tinker.engine.trainer import TrainerState
+
+        return TrainerState(tensors=dict(tensors), counters=dict(counters))
+
+    def frozen(self, base: BaseModel, spec: Mapping[str, Any], tensors: Mapping[str, Any]) -> FrozenAdapter:
+        """An adapter for sampling, checked against the model it is for."""
+        from tg_tinker.engine import adapters
+
+        adapter = adapters.create(base, adapters.AdapterSpec(**spec))
+        adapter.load(tensors)
+        return adapter.snapshot()

@@ -1,0 +1,133 @@
+"""What happens to every request: an id, a checked Host, a tenant; and to every error: the one wire body."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from tg_tinker.errors import AuthorizationError, InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker.server.auth import PUBLIC
+from tg_tinker.server.rooms import Rooms
+from tg_tinker.server.tasks import whole
+from tg_tinker.wire import codec, headers
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+ROOMS: web.AppKey[Rooms] = web.AppKey("rooms", Rooms)
+REQUEST_ID = "tg_tinker.request_id"
+TENANT = "tg_tinker.tenant"
+
+_log = logging.getLogger("tg_tinker.server")
+#: what belongs to a tenant
+_OWNED = frozenset({"training_client", "run", "future", "operation", "artifact", "checkpoint", "sampler"})
+_END_WITH_THEIR_CLIENT = ("/sample", "/sample_stream", "/result", "/operations/{id}", "/trainers_policy_version")
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+#: statuses that a Loops client takes for "try again for an hour" when a submit answers with them
+_RETRIED_BY_LOOPS = frozenset({400, 404, 408, 502, 503})
+
+
+@web.middleware
+async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id (its own, if it is well formed) and turn whatever is raised into a response."""
+    given = request.headers.get(headers.REQUEST_ID, "")
+    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+    try:
+        return await handler(request)
+    except TGTinkerError as error:
+        _record_denial(request, error)
+        return error_response(request, error)
+    except web.HTTPException as error:
+        return error_response(request, _typed(request, error), error.status)
+    # The last line of defence: whatever it is goes to the log, and none of it to the client.
+    except Exception:  # noqa: BLE001
+        _log.exception("%s %s [%s] failed", request.method, request.path, request[REQUEST_ID])
+        return error_response(request, ServerError("the server failed; its log says why"))
+
+
+@web.middleware
+async def check_host(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """On loopback take requests for this machine's names alone: a web page cannot rebind its own name to us."""
+    settings = request.app[ROOMS].settings
+    if settings.loopback and _hostname(request.host) not in _LOCAL_NAMES | set(settings.allowed_hosts):
+        raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
+    return await handler(request)
+
+
+@web.middleware
+async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Find the tenant of every request that is not for a public route."""
+    resource = request.match_info.route.resource
+    if resource is None or resource.canonical not in PUBLIC:
+        rooms = request.app[ROOMS]
+        request[TENANT] = await whole(rooms.keys.tenant_of(request.headers.get("Authorization")))
+        rooms.rate_limit.take(request[TENANT])
+    return await handler(request)
+
+
+@web.middleware
+async def finish(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Let a handler come to its end although its client has gone, but for those that only wait or sample."""
+    resource = request.match_info.route.resource
+    if resource is not None and resource.canonical.endswith(_END_WITH_THEIR_CLIENT):
+        return await handler(request)
+    return await whole(_await(handler, request))
+
+
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """On every response: the request's id and what this server offers beyond the published wires."""
+    response.headers[headers.REQUEST_ID] = request.get(REQUEST_ID, "")
+    response.headers[headers.EXTENSIONS] = ",".join(headers.OFFERED)
+
+
+def error_response(
+    request: web.Request, error: TGTinkerError, status: int | None = None, *, exact_status: bool = False
+) -> web.Response:
+    """The wire body of an error, with its status."""
+    error.request_id = request.get(REQUEST_ID)
+    status = status or error.http_status
+    if (
+        not exact_status
+        and request.method == "POST"
+        and request.path.startswith("/loops/")
+        and status in _RETRIED_BY_LOOPS
+    ):
+        status = 429 if error.details.get("retry_after") else 422
+    response = web.Response(status=status, body=codec.dumps(error.to_wire()), content_type="application/json")
+    if error.details.get("retry_after"):
+        response.headers[headers.RETRY_AFTER] = str(max(1, round(error.details["retry_after"])))
+    return response
+
+
+def _record_denial(request: web.Request, error: TGTinkerError) -> None:
+    """Leave a trace of who asked for what is not theirs; what does not exist looks the same, here as well."""
+    refused = isinstance(error, AuthorizationError) or error.details.get("resource_type") in _OWNED
+    if refused and TENANT in request:
+        auditing = request.app[ROOMS].auditing
+        auditing.happened(request[TENANT], "denied", f"{request[REQUEST_ID]}/{secrets.token_hex(4)}", error)
+
+
+async def _await(handler: Handler, request: web.Request) -> web.StreamResponse:
+    return await handler(request)
+
+
+def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
+    if error.status == 404:
+        return ResourceNotFoundError("no such route", resource_type="route", resource_id=request.path)
+    if error.status == 413:
+        limit = request.app[ROOMS].settings.max_body_bytes
+        constraint = f"at most {limit} bytes"
+        return InvalidRequestError(f"body: expected {constraint}", field="body", constraint=constraint)
+    return InvalidRequestError(error.reason or "the request cannot be served", code=f"HTTP_{error.status}")
+
+
+def _hostname(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""

@@ -1,0 +1,110 @@
+"""One server process: its socket, its signals, its log, and the parent whose child it may be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Generator
+
+from aiohttp import web
+
+from tg_tinker.server.app import create_app
+from tg_tinker.server.middleware import ROOMS
+from tg_tinker.server.settings import Settings
+
+_log = logging.getLogger("tg_tinker.server")
+_SHUTDOWN_PATIENCE = 5.0  # seconds that open requests get to end
+_PARENT_POLL = 1.0  # seconds, where the system has no pidfd
+
+
+def run(settings: Settings, *, on_ready: Callable[[str], None] | None = None) -> None:
+    """Serve until SIGTERM, SIGINT, or the end of the parent process.
+
+    ``on_ready`` is told the URL once the socket listens. Raises ``InvalidRequestError`` for an address that must not be
+    served without keys, ``OSError`` for one that cannot be had.
+    """
+    asyncio.run(_serve(settings, on_ready))
+
+
+def announce(url: str) -> None:
+    """Say on standard output, as one line of JSON, where the server listens."""
+    _say({"url": url, "pid": os.getpid()})
+
+
+def _say(line: dict[str, object]) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+
+async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
+    stop = asyncio.Event()
+    app = create_app(settings, report=lambda stage: _say({"stage": stage}) if settings.parent else None)
+    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_PATIENCE)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, settings.host, settings.port)
+        await site.start()
+        with _signals(stop), _parent_watched(settings.parent, stop):
+            host, port = runner.addresses[0][:2]
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            _log.info("serving %s on %s", settings.home, url)
+            (on_ready or announce)(url)
+            await stop.wait()
+    finally:
+        await runner.cleanup()
+        importing = ROOMS in app and app[ROOMS].warming.is_alive()
+    if importing:
+        logging.shutdown()
+        os._exit(0)  # everything is closed, and an import that is still going on would hold the process up for seconds
+
+
+@contextlib.contextmanager
+def _signals(stop: asyncio.Event) -> Generator[None]:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def _parent_watched(parent: int | None, stop: asyncio.Event) -> Generator[None]:
+    """Set ``stop`` when the parent ends, however it ends."""
+    if parent is None:
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        handle = os.pidfd_open(parent)
+    except ProcessLookupError:
+        stop.set()
+        yield
+        return
+    except (AttributeError, OSError):  # not Linux, or an old kernel
+        task = asyncio.create_task(_poll_parent(parent, stop), name="watch the parent")
+        yield
+        task.cancel()
+        return
+    if os.getppid() != parent:  # it ended before there was a handle to watch
+        stop.set()
+    loop.add_reader(handle, stop.set)
+    try:
+        yield
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+async def _poll_parent(parent: int, stop: asyncio.Event) -> None:
+    while os.getppid() == parent:  # noqa: ASYNC110 - no event tells of it on such a system
+        await asyncio.sleep(_PARENT_POLL)
+    stop.set()

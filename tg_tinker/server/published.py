@@ -1,0 +1,94 @@
+"""Which weights a sample is served by: the newest version, an exact one, a checkpoint, or the base model alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
+from tg_tinker.server.models import Model
+from tg_tinker.server.runs import Run
+from tg_tinker.server.versions import Version
+
+if TYPE_CHECKING:
+    from tg_tinker.engine.adapters import FrozenAdapter
+    from tg_tinker.server.rooms import Rooms
+    from tg_tinker.store.checkpoints import ArtifactRecord, Loaded
+
+KEPT = 8  # adapters read from disk that stay in memory
+
+
+@attrs.frozen(eq=False)
+class Weights:
+    """What samples: an adapter (None: the base model alone) and the version it goes by."""
+
+    adapter: FrozenAdapter | None
+    version: int
+
+
+class Published:
+    """Finds adapters for sampling, in memory or on disk."""
+
+    def __init__(self, rooms: Rooms) -> None:
+        self._rooms = rooms
+        self._read: OrderedDict[str, asyncio.Task[Weights]] = OrderedDict()
+
+    def newest(self, run: Run) -> Weights:
+        """The run's newest version; before the first publish the base model alone."""
+        version = run.versions.get(run.versions.newest)
+        return Weights(None, 0) if version is None else _weights(version)
+
+    async def exact(self, run: Run, number: int) -> Weights:
+        """One version of the run; one that left memory is read back, where its name has not moved on.
+
+        Raises ``ResourceNotFoundError`` for a version that is gone or was never published.
+        """
+        if number == 0:
+            return Weights(None, 0)
+        version = run.versions.get(number)
+        if version is not None:
+            return _weights(version)
+        records = await asyncio.to_thread(self._rooms.store.list, run.tenant, run.id)
+        for record in records:
+            if record.kind == SAMPLER_WEIGHTS and record.metadata.get("version") == number:
+                return await self._from_disk(run.model, record)
+        message = f"version {number} of run {run.id} is no longer served (the newest is {run.versions.newest})"
+        raise ResourceNotFoundError(message, resource_type="sampler_version", resource_id=str(number))
+
+    async def checkpoint(self, tenant: str, model: Model, uri: CheckpointUri) -> Weights:
+        """The adapter published under a name; the name's newest one, if it was used again."""
+        if uri.kind != SAMPLER_WEIGHTS:
+            message = "path: a training state does not serve sampling; publish it with save_weights_for_sampler"
+            raise InvalidRequestError(message, field="path", constraint="bt://loops:<run>/sampler_weights/<name>")
+        record = await asyncio.to_thread(self._rooms.store.find, tenant, uri.run_id, uri.kind, uri.name)
+        return await self._from_disk(model, record)
+
+    async def _from_disk(self, model: Model, record: ArtifactRecord) -> Weights:
+        task = self._read.get(record.artifact_id)
+        if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
+            task = asyncio.create_task(self._load(model, record), name=f"read {record.artifact_id}")
+            self._read[record.artifact_id] = task
+        self._read.move_to_end(record.artifact_id)
+        while len(self._read) > KEPT:
+            self._read.popitem(last=False)
+        return await asyncio.shield(task)
+
+    async def _load(self, model: Model, record: ArtifactRecord) -> Weights:
+        loaded: Loaded = await asyncio.to_thread(self._rooms.store.load, record.tenant, record.artifact_id)
+        made = loaded.counters["server"]
+        if made["base_digest"] != model.base.digest:
+            message = f"path: it was trained on {made['base_model']}, this sampler serves {model.ref}"
+            raise InvalidRequestError(message, field="path", constraint=f"an adapter of {model.ref}")
+        spec = {**loaded.counters["spec"]}
+        spec["target_modules"] = None if spec["target_modules"] is None else tuple(spec["target_modules"])
+        thaw: Callable[[], Any] = lambda: self._rooms.engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
+        return Weights(await self._rooms.scheduler.call(thaw), int(record.metadata.get("version", 0)))
+
+
+def _weights(version: Version) -> Weights:
+    return Weights(version.adapter, version.number)

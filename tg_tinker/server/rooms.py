@@ -1,0 +1,153 @@
+"""Everything one server process is made of, put together in one place and taken down in the reverse order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.server.auditing import Auditing
+from tg_tinker.server.auth import Keys
+from tg_tinker.server.creation import Creation
+from tg_tinker.server.engine import Engine, TorchEngine
+from tg_tinker.server.exports import Exports
+from tg_tinker.server.journal import Journal
+from tg_tinker.server.limits import RateLimit
+from tg_tinker.server.models import Models
+from tg_tinker.server.ownership import Ownership
+from tg_tinker.server.published import Published
+from tg_tinker.server.registry import Registry
+from tg_tinker.server.runs import Runs
+from tg_tinker.server.samplers import Samplers
+from tg_tinker.server.scheduler import Scheduler
+from tg_tinker.server.settings import Settings
+from tg_tinker.server.tickets import Tickets
+
+if TYPE_CHECKING:
+    from tg_tinker.store.audit import HeadSigner
+    from tg_tinker.store.checkpoints import CheckpointStore
+    from tg_tinker.store.database import Database
+
+_log = logging.getLogger("tg_tinker.server")
+
+
+class Rooms:
+    """The parts that handlers work with; made and closed on the event loop."""
+
+    def __init__(self, settings: Settings, engine: Engine | None, report: Callable[[str], None]) -> None:
+        self.settings = settings
+        self.engine: Engine = engine or TorchEngine(
+            home=settings.home, device=settings.device, threads=settings.threads, slots=settings.slots
+        )
+        self.scheduler = Scheduler(prepare=self.engine.prepare_thread)
+        self.tickets = Tickets(
+            self.scheduler,
+            kept=settings.results_kept,
+            bytes_kept=settings.result_bytes_kept,
+            queue_limit=settings.queue_limit,
+        )
+        self.models = Models(settings, self.engine, self.scheduler, report)
+        self.runs = Runs()
+        self.samplers = Samplers()
+        self.published = Published(self)
+        self.creation = Creation(self)
+        self.rate_limit = RateLimit(settings.requests_per_minute)
+        self.store: CheckpointStore
+        self.database: Database
+        self.keys: Keys
+        self.journal: Journal
+        self.registry: Registry
+        self.auditing: Auditing
+        self.exports: Exports
+        self._ownership: Ownership
+        # A daemon: the server may end while torch is still being imported, and nobody should wait for that.
+        self.warming = threading.Thread(target=self._warm, name="tg-tinker-warm", daemon=True)
+
+    @classmethod
+    async def open(cls, settings: Settings, engine: Engine | None, report: Callable[[str], None]) -> Rooms:
+        """Start the device thread, open the store, and begin to import what takes long."""
+        rooms = cls(settings, engine, report)
+        await rooms._open_storage()
+        try:
+            settings.check_address(has_keys=await rooms.keys.exist())
+        except InvalidRequestError:
+            await rooms._close_storage()
+            raise
+        rooms.scheduler.start()
+        rooms.warming.start()
+        return rooms
+
+    def stop(self) -> None:
+        """Answer everybody who waits: the server is about to end."""
+        self.tickets.close()
+        for run in self.runs:
+            run.versions.close()
+
+    async def aclose(self) -> None:
+        """Stop at the next micro-batch; what is being saved is saved."""
+        await self.models.aclose()
+        await asyncio.to_thread(self.scheduler.close)
+        self.tickets.close()
+        await self._close_storage()
+
+    async def _close_storage(self) -> None:
+        await self.journal.aclose()
+        await self.auditing.aclose()
+        await self.database.close()
+        self._ownership.release()
+
+    async def _open_storage(self) -> None:
+        from tg_tinker.store.audit import AuditLog
+        from tg_tinker.store.database import Database, sqlite_url
+
+        settings = self.settings
+        files = await asyncio.to_thread(_Files.open, settings)
+        self.store, self._ownership = files.store, files.ownership
+        self.exports = Exports(files.store, files.secret)
+        self.database = await Database.open(sqlite_url(settings.home / "tg-tinker.db"))
+        self.keys = Keys(settings, self.database)
+        self.journal = Journal(self.database, files.ownership, kept=settings.results_kept)
+        self.registry = Registry(self.database, files.ownership)
+        self.auditing = Auditing(AuditLog(self.database, files.signer), files.secret)
+        await self.journal.recover()
+        self.journal.start()
+        self.auditing.start()
+        self.tickets.on_accept += [self.journal.note, self.auditing.accepted]
+        self.tickets.on_end += [self.journal.note, self.auditing.ended]
+
+    def _warm(self) -> None:
+        try:
+            self.engine.warm()
+        # Importing torch can fail in any way; whoever needs it first is told, and the log says why.
+        except Exception:  # noqa: BLE001
+            _log.exception("the engine cannot be imported")
+
+
+@attrs.frozen
+class _Files:
+    """What lives in files of the home folder."""
+
+    store: CheckpointStore
+    ownership: Ownership
+    signer: HeadSigner
+    secret: bytes
+
+    @classmethod
+    def open(cls, settings: Settings) -> _Files:
+        from tg_tinker.store import files
+        from tg_tinker.store.audit import HeadSigner
+        from tg_tinker.store.checkpoints import CheckpointStore
+        from tg_tinker.store.keys import KeyFile
+
+        home = settings.home
+        return cls(
+            CheckpointStore(home / "artifacts", KeyFile(home / "keys")),
+            Ownership(home),
+            HeadSigner(home / "secrets" / "audit-key"),
+            files.secret(home / "secrets" / "server-secret"),
+        )

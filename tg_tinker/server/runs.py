@@ -1,0 +1,208 @@
+"""Training runs: what each one is, who may train it, and what a failed pass does to the step behind it.
+
+The operations themselves are in ``tg_operations`` and ``loops_operations``; they run on the device thread, and so do
+the methods here that touch the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from tg_tinker.errors import InvalidRequestError, OperationFailedError, TGTinkerError
+from tg_tinker.server.lanes import Lane
+from tg_tinker.server.models import Model
+from tg_tinker.server.private import PrivateTraining
+from tg_tinker.server.tickets import Ticket
+from tg_tinker.server.versions import Versions
+from tg_tinker.types.results import DPMetrics, PrivacyReport
+
+if TYPE_CHECKING:
+    from tg_tinker.engine.optim import OptimizerSettings
+    from tg_tinker.engine.trainer import PassOutput, StepOutput, Trainer
+
+Surface = Literal["tg", "loops"]
+
+NO_PRIVACY = PrivacyReport(
+    enabled=False,
+    accountant="none",
+    total_epsilon=None,
+    epsilon_is_infinite=True,
+    target_epsilon=None,
+    remaining_epsilon=None,
+    delta=0.0,
+    noise_multiplier=0.0,
+    max_grad_norm=0.0,
+    sample_rate=1.0,
+    expected_batch_size=0,
+    steps=0,
+)
+
+
+class Run:
+    """One adapter in training on a shared base model."""
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        tenant: str,
+        surface: Surface,
+        model: Model,
+        trainer: Trainer,
+        config: dict[str, Any],
+        max_steps: int | None = None,
+        privacy: PrivateTraining | None = None,
+        versions_kept: int = 8,
+    ) -> None:
+        self.id = run_id
+        self.tenant = tenant
+        self.surface = surface
+        self.model = model
+        self.config = config
+        self.privacy = privacy
+        self.use(trainer)
+        self.max_steps = max_steps
+        self.created_at = datetime.now(UTC)
+        self.lane = Lane(run_id)
+        self.versions = Versions(versions_kept)
+        self.published = 0  # the last version number given out; device thread
+        self.broken: str | None = None
+        self._carried: dict[str, dict[str, Any]] = {}  # releases behind weights that a run without DP started from
+        self._failed: list[tuple[Ticket, BaseException]] = []  # passes since the last step; device thread
+
+    def __repr__(self) -> str:
+        """Id, step, status."""
+        return f"<Run {self.id}: step {self.step}, {self.status}>"
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps applied."""
+        return self.trainer.step
+
+    @property
+    def status(self) -> str:
+        """One of "active", "completed" (``max_steps`` reached) or "failed" (a step broke in the middle)."""
+        if self.broken is not None:
+            return "failed"
+        return "completed" if self.max_steps is not None and self.step >= self.max_steps else "active"
+
+    def check_trainable(self) -> None:
+        """Refuse training where it is over: ``InvalidRequestError`` with code RUN_COMPLETED or RUN_FAILED."""
+        if self.broken is not None:
+            message = f"run {self.id} failed in an optimizer step ({self.broken}): load a saved state to go on"
+            raise InvalidRequestError(message, field="status", constraint="an active run", code="RUN_FAILED")
+        if self.status == "completed":
+            message = f"run {self.id} has taken its {self.max_steps} steps (max_steps); sampling and saving go on"
+            raise InvalidRequestError(message, field="max_steps", constraint="an active run", code="RUN_COMPLETED")
+
+    def use(self, trainer: Trainer) -> None:
+        """Train with this trainer from now on."""
+        self.trainer = trainer
+        if self.privacy is not None:
+            self.privacy.attach(trainer)
+            self.privacy.discard()
+
+    def train(
+        self, ticket: Ticket, rows: Sequence[Any], loss_fn: str = "cross_entropy", config: Any = None
+    ) -> Generator[None, None, PassOutput]:
+        """A pass that adds gradients; if it fails or is stopped, all that was accumulated is dropped."""
+        try:
+            if self.privacy is not None:
+                self.privacy.admit(rows, loss_fn, step=self.step + 1)
+        except TGTinkerError as error:
+            self._failed.append((ticket, error))
+            raise
+        try:
+            return (yield from self.trainer.forward_backward(rows, loss_fn, config))
+        # Not only errors: one that is cancelled half-way (GeneratorExit) leaves half a gradient behind.
+        except BaseException as error:
+            self.discard_gradients()
+            self._failed.append((ticket, error))
+            raise
+
+    def discard_gradients(self) -> None:
+        """Forget what was gathered since the last step."""
+        self.trainer.discard_gradients()
+        if self.privacy is not None:
+            self.privacy.discard()
+
+    def check_gradients(self, ticket: Ticket) -> None:
+        """Refuse a step that was accepted before its client could know that a pass before it had failed."""
+        failed, self._failed = self._failed, []
+        for culprit, error in failed:
+            if culprit.failure_told is None or culprit.failure_told > ticket.accepted:
+                self.discard_gradients()
+                cause = str(error) or "it was cancelled"
+                message = (
+                    f"{ticket.operation} was not taken: {culprit.operation} {culprit.id} before it failed: {cause}"
+                )
+                raise OperationFailedError(message, operation=ticket.operation) from error
+
+    def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:
+        """Apply the accumulated gradients; a step that breaks in the middle leaves the run "failed"."""
+        metrics = None if self.privacy is None else self.privacy.release(self.trainer, noise=noise)
+        try:
+            return self.trainer.optim_step(optimizer), metrics
+        except TGTinkerError:
+            raise
+        # Whatever else it is, weights and moments may no longer belong together.
+        except BaseException as error:
+            self.broken = f"{type(error).__name__}: {error}"
+            raise
+
+    def gradient_hash(self) -> str:
+        """Digest the gathered gradient; keyed under differential privacy."""
+        return self.trainer.gradient_hash() if self.privacy is None else self.privacy.gradient_hash(self.trainer)
+
+    def privacy_state(self) -> dict[str, Any]:
+        """The noisy releases that these weights rest on, and the private step in progress, for a checkpoint."""
+        return {"ledger": list(self._carried.values())} if self.privacy is None else self.privacy.state()
+
+    def restore_privacy(self, state: Mapping[str, Any], *, with_step: bool) -> bool:
+        """Take the releases behind a checkpoint's weights in: what was released stays released.
+
+        Says whether the gradients gathered in the checkpoint may be gone on with.
+        """
+        if self.privacy is not None:
+            return self.privacy.restore(state, with_step=with_step)
+        self._carried |= {release["release_id"]: dict(release) for release in state["ledger"]}
+        return with_step
+
+    def privacy_report(self) -> PrivacyReport:
+        """What the run has spent; without differential privacy there is no bound on what it reveals."""
+        return NO_PRIVACY if self.privacy is None else self.privacy.report()
+
+    def forget_failures(self) -> None:
+        """Start afresh, after a state was loaded."""
+        self._failed.clear()
+        self.broken = None
+
+
+class Runs:
+    """Every live run of this process, by tenant."""
+
+    def __init__(self) -> None:
+        self._runs: dict[tuple[str, str], Run] = {}
+
+    def __iter__(self) -> Iterator[Run]:
+        """All of them."""
+        return iter(list(self._runs.values()))
+
+    def add(self, run: Run) -> None:
+        """Make a run known."""
+        self._runs[run.tenant, run.id] = run
+
+    def find(self, tenant: str, run_id: str, surface: Surface | None = None) -> Run | None:
+        """A tenant's run, of one surface or of either."""
+        run = self._runs.get((tenant, run_id))
+        return run if run is not None and surface in {None, run.surface} else None
+
+    def of_tenant(self, tenant: str, surface: Surface | None = None) -> list[Run]:
+        """A tenant's runs, newest first."""
+        return [r for r in reversed(self._runs.values()) if r.tenant == tenant and surface in {None, r.surface}]
+
+    def remove(self, run: Run) -> None:
+        """Forget a run."""
+        self._runs.pop((run.tenant, run.id), None)

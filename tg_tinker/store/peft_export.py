@@ -1,0 +1,59 @@
+"""Export LoRA tensors as a plain peft folder that ``PeftModel.from_pretrained`` loads. Nothing in it is sealed."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.store import files
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from torch import Tensor
+
+_PREFIX = "base_model.model."
+_ENDS = (".lora_A.weight", ".lora_B.weight")
+
+
+def export_peft(
+    folder: Path,
+    tensors: Mapping[str, Tensor | np.ndarray[Any, Any]],
+    *,
+    base_model: str,
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] | None = None,
+) -> Path:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; tensors that are no LoRA weights are left out.
+
+    ``tensors`` are in peft naming: ``base_model.model.<layer>.lora_A.weight`` of shape (rank, in), B of (out, rank).
+    Raises ``InvalidRequestError`` where there are none.
+    """
+    import safetensors.torch
+    import torch
+
+    lora = {name: value for name, value in tensors.items() if name.startswith(_PREFIX) and name.endswith(_ENDS)}
+    if not lora:
+        raise InvalidRequestError("tensors: expected LoRA weights in peft naming", field="tensors")
+    layers = sorted({name.removeprefix(_PREFIX).rsplit(".", 2)[0] for name in lora})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(target_modules or {layer.rsplit(".", 1)[-1] for layer in layers}),
+    }
+    plain = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in sorted(lora.items())}
+    files.make_folder(folder)
+    files.write(folder / "adapter_model.safetensors", safetensors.torch.save(plain, {"format": "pt"}))
+    files.write(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode())
+    return folder
