@@ -126,6 +126,7 @@ def build(session: nox.Session) -> None:
     (wheel,) = folder.glob("*.whl")
     names = session.run("python", "-m", "zipfile", "-l", str(wheel), silent=True) or ""
     assert "tg_tinker/py.typed" in names, "the wheel must tell type checkers that it has types"
+    assert "tg_tinker/cli/data/marrowick_train.jsonl" in names, "the demo must run from the wheel"
     assert "tests/" not in names, "the wheel must hold the package and nothing else"
     session.install("--force-reinstall", "--no-deps", str(wheel))
     session.install(*CONSTRAINTS, str(wheel))

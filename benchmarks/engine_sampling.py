@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.engine_side import EngineSide
-from benchmarks.figures import Figure, Goal
+from benchmarks.figures import Figure, Goal, throughput
 from benchmarks.measure import Options, interleaved
 from benchmarks.models import make_small
 from benchmarks.peers import PeerProcess
@@ -35,15 +35,7 @@ def compare(folder: Path, options: Options, *, streams: Sequence[int], rounds: i
             shape = (count, _PROMPT, _NEW)
             sides = {"ours": partial(engine.generate, *shape), "theirs": partial(peer, "generate", *shape)}
             taken = interleaved(sides, options.rounds(rounds))
-            figures += [
-                Figure(
-                    name=f"sampling, {count} stream{'s' * (count > 1)}{', CPU' * (clock == 'cpu')}",
-                    unit="tokens/s" if clock == "wall" else "tokens/CPU s",
-                    ours=[count * _NEW / getattr(one, clock) for one in taken["ours"]],
-                    peer=_PEER,
-                    theirs=[count * _NEW / getattr(one, clock) for one in taken["theirs"]],
-                    goal=Goal(">=", 1.0, "ratio") if clock == "wall" else None,
-                )
-                for clock in ("wall", "cpu")
-            ]
+            tokens = [count * _NEW] * len(taken["ours"])
+            name = f"sampling, {count} stream{'s' * (count > 1)}"
+            figures += throughput(name, tokens, taken["ours"], _PEER, taken["theirs"], Goal(">=", 1.0, "ratio"))
     return figures

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks.engine_side import EngineSide
-from benchmarks.figures import Figure, Goal
+from benchmarks.figures import Figure, Goal, throughput
 from benchmarks.measure import Cost, Options, interleaved
 from benchmarks.models import make_small
 from benchmarks.peers import PeerProcess
@@ -39,33 +39,14 @@ def compare(folder: Path, options: Options, *, shapes: Sequence[tuple[int, int]]
             taken = interleaved(sides, options.rounds(rounds), warm_up=2)
             (ours, our_steps), (theirs, their_steps) = (zip(*taken[side], strict=True) for side in sides)
             title = f"{shape[0]} x {shape[1]}"
-            figures += _throughput(f"forward_backward {title}", shape[0] * shape[1], ours, theirs)
+            tokens = [shape[0] * shape[1]] * len(ours)
+            figures += throughput(f"forward_backward {title}", tokens, ours, PEER, theirs, Goal(">=", 1.0, "ratio"))
             figures.append(_step(f"optim_step after {title}", our_steps, their_steps))
     return figures
 
 
 def _step_of(train: Callable[[int, int], Cost], optim: Callable[[], Cost], shape: tuple[int, int]) -> tuple[Cost, Cost]:
     return train(*shape), optim()
-
-
-def _throughput(name: str, tokens: int, ours: Sequence[Cost], theirs: Sequence[Cost]) -> list[Figure]:
-    return [
-        Figure(
-            name=name,
-            unit="tokens/s",
-            ours=[tokens / one.wall for one in ours],
-            peer=PEER,
-            theirs=[tokens / one.wall for one in theirs],
-            goal=Goal(">=", 1.0, "ratio"),
-        ),
-        Figure(
-            name=f"{name}, CPU",
-            unit="tokens/CPU s",
-            ours=[tokens / one.cpu for one in ours],
-            peer=PEER,
-            theirs=[tokens / one.cpu for one in theirs],
-        ),
-    ]
 
 
 def _step(name: str, ours: Sequence[Cost], theirs: Sequence[Cost]) -> Figure:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 import attrs
 
+from benchmarks.measure import Cost
+
 Values = tuple[float, ...]
 
 
@@ -81,6 +83,29 @@ class Figure:
         verdict = {None: "", True: " met", False: " MISSED"}[self.met]
         goal = f"{self.goal}{verdict}" if self.goal else ""
         return [self.name, f"{_shown(self.ours)} {self.unit}", self.peer, theirs, ratio, goal]
+
+
+def throughput(
+    name: str,
+    tokens: Sequence[float],
+    ours: Sequence[Cost],
+    peer: str,
+    theirs: Sequence[Cost],
+    goal: Goal | None = None,
+) -> list[Figure]:
+    """Tokens per second on the clock, and per second of CPU time, which hardly moves when others want the cores."""
+    per_clock = {"wall": (name, "tokens/s", goal), "cpu": (f"{name}, CPU", "tokens/CPU s", None)}
+    return [
+        Figure(
+            name=title,
+            unit=unit,
+            ours=[count / getattr(one, clock) for count, one in zip(tokens, ours, strict=True)],
+            peer=peer,
+            theirs=[count / getattr(one, clock) for count, one in zip(tokens, theirs, strict=True)],
+            goal=wanted,
+        )
+        for clock, (title, unit, wanted) in per_clock.items()
+    ]
 
 
 def spread(values: Values) -> float:

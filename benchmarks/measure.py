@@ -29,10 +29,11 @@ class Options:
 
     quick: bool = False
     threads: int = 1
+    rounds_at_most: int = 99
 
     def rounds(self, full: int) -> int:
         """How many times each side takes its turn."""
-        return 2 if self.quick else full
+        return 2 if self.quick else min(full, self.rounds_at_most)
 
 
 @attrs.frozen

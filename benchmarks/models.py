@@ -1,6 +1,7 @@
 """The models that are measured: a random one of Qwen3's shape, made here, and the one that ``models fetch`` brings.
 
-The random model has 6 layers, hidden size 256 and 4096 tokens: 6.82 million parameters.
+The random models have 4096 tokens: the small one 6 layers, hidden size 256, 6.82 million parameters; the other a GPT's
+proportions in Llama's shape, 8 layers, hidden size 320, 11.6 million parameters.
 """
 
 from __future__ import annotations
@@ -44,6 +45,30 @@ def make_small(folder: Path) -> Path:
     )
     torch.manual_seed(_SEED)
     Qwen3ForCausalLM(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_gpt(folder: Path) -> Path:
+    """Write the larger random model and the same tokenizer; the same bits every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=320,
+        intermediate_size=912,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
+    torch.manual_seed(_SEED)
+    LlamaForCausalLM(config).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
 

@@ -32,6 +32,7 @@ ROWS = {
     "large_batch": "benchmarks.large_batch",
     "engine_training": "benchmarks.engine_training",
     "engine_sampling": "benchmarks.engine_sampling",
+    "clipping": "benchmarks.clipping",
     "stack": "benchmarks.stack",
     "smollm2": "benchmarks.smollm2",
 }
@@ -97,7 +98,6 @@ def _isolated(row: str, options: Options) -> Report:
 
 
 def _measured(row: str, options: Options) -> Report:
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
     started, load, skipped, figures = time.monotonic(), os.getloadavg()[0], "", list[Figure]()
     try:
         figures = importlib.import_module(ROWS[row]).run(options)

@@ -7,7 +7,6 @@ their own without any server, so a ratio of 1 means that the stack costs nothing
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,10 +14,11 @@ from time import perf_counter
 
 import numpy as np
 
-from benchmarks.figures import Figure, Goal
+from benchmarks.figures import Figure, Goal, throughput
 from benchmarks.measure import Cost, Options
 from benchmarks.models import RANK, VOCABULARY, make_small
 from benchmarks.peers import PeerProcess
+from benchmarks.server_cost import ServerCost
 from tg_tinker.loops import (
     AdamParams,
     Datum,
@@ -53,13 +53,14 @@ async def _run(folder: Path, home: Path, options: Options) -> list[Figure]:
             figures += await pipelined_row(training, peer, options)
             figures += await sampling_rows(training, peer, options, goals={1: 180, 16: 800, 64: 1400})
             figures += await short_beside_long(training, options)
-            figures.append(_server_memory())
+            memory = ServerCost().memory_mb()
+            figures.append(Figure(name="server, memory at the end", unit="MB RSS", ours=[memory]))
     return figures
 
 
 async def starting(folder: Path, home: Path, options: Options) -> list[Figure]:
     """From nothing: a server, then a run on it that could train."""
-    answers, ready = [], []
+    answers, ready, cpu = list[float](), list[float](), list[float]()
     for _ in range(options.rounds(3)):
         begun = perf_counter()
         async with ServiceClient(home=home) as service:
@@ -67,39 +68,28 @@ async def starting(folder: Path, home: Path, options: Options) -> list[Figure]:
             answers.append(perf_counter() - begun)
             await service.create_lora_training_client_async(str(folder), rank=RANK)
             ready.append(perf_counter() - begun)
+            cpu.append(ServerCost().server_cpu())
     return [
         Figure(name="start: the server answers", unit="s", ours=answers),
         Figure(name="start: a run is ready to train", unit="s", ours=ready, goal=Goal("<=", 6.0)),
+        Figure(name="start: CPU time of the server until then", unit="CPU s", ours=cpu),
     ]
 
 
 async def training_rows(training: TrainingClient, peer: PeerProcess, options: Options, *, goal: float) -> list[Figure]:
     """forward_backward and optim_step one after the other, each round of ours followed by one of the peer's."""
-    passes, steps, peer_passes, peer_steps = list[float](), list[float](), list[Cost](), list[Cost]()
+    server = ServerCost()
+    passes, steps, peer_passes, peer_steps = list[Cost](), list[float](), list[Cost](), list[float]()
     for _ in range(options.rounds(15) + 2):
-        passes.append(await _took(training.forward_backward(datums())))
-        steps.append(await _took(training.optim_step(_STEP)))
+        passes.append(await server.of(training.forward_backward(datums())))
+        steps.append(1000 * (await server.of(training.optim_step(_STEP))).wall)
         peer_passes.append(peer("train", ROWS, LENGTH))
-        peer_steps.append(peer("optim"))
-    tokens = ROWS * LENGTH
-    return [
-        Figure(
-            name=f"forward_backward {ROWS} x {LENGTH}",
-            unit="tokens/s",
-            ours=[tokens / one for one in passes[2:]],
-            peer="PEFT loop",
-            theirs=[tokens / one.wall for one in peer_passes[2:]],
-            goal=Goal(">=", goal),
-        ),
-        Figure(
-            name="optim_step",
-            unit="ms",
-            ours=[1000 * one for one in steps[2:]],
-            peer="PEFT loop",
-            theirs=[1000 * one.wall for one in peer_steps[2:]],
-            goal=Goal("<=", 10.0),
-        ),
-    ]
+        peer_steps.append(1000 * peer("optim").wall)
+    name, tokens = f"forward_backward {ROWS} x {LENGTH}", [ROWS * LENGTH] * len(passes[2:])
+    step = Figure(
+        name="optim_step", unit="ms", ours=steps[2:], peer="PEFT loop", theirs=peer_steps[2:], goal=Goal("<=", 10.0)
+    )
+    return [*throughput(name, tokens, passes[2:], "PEFT loop", peer_passes[2:], Goal(">=", goal)), step]
 
 
 async def pipelined_row(training: TrainingClient, peer: PeerProcess, options: Options) -> list[Figure]:
@@ -116,29 +106,23 @@ async def sampling_rows(
     training: TrainingClient, peer: PeerProcess, options: Options, *, goals: dict[int, float]
 ) -> list[Figure]:
     """Publish, then sample with as many requests at once as the goals name."""
-    figures, publishing = [], []
+    server = ServerCost()
+    figures, publishing = list[Figure](), list[float]()
     for streams, goal in goals.items():
-        ours, theirs = [], []
+        ours, theirs, tokens = list[Cost](), list[Cost](), list[int]()
         for _ in range(options.rounds(7) + 1):
             begun = perf_counter()
             sampler = await training.save_weights_and_get_sampling_client_async(name="bench")
-            publishing.append(perf_counter() - begun)
-            ours.append(await sampled_per_second(sampler, streams))
-            theirs.append(streams * NEW / peer("generate", streams, PROMPT, NEW).wall)
-        figures.append(
-            Figure(
-                name=f"sampling, {streams} stream{'s' * (streams > 1)}",
-                unit="tokens/s",
-                ours=ours[1:],
-                peer="HF generate",
-                theirs=theirs[1:],
-                goal=Goal(">=", goal),
-            )
-        )
-    published = Figure(
-        name="save_weights_and_get_sampling_client", unit="ms", ours=[1000 * one for one in publishing[1:]]
-    )
-    return [published, *figures]
+            publishing.append(1000 * (perf_counter() - begun))
+            replies = asyncio.gather(*(_sample(sampler, NEW) for _ in range(streams)))
+            ours.append(await server.of(replies))
+            tokens.append(sum(replies.result()))
+            spent = peer("generate", streams, PROMPT, NEW)
+            share = tokens[-1] / (streams * NEW)  # a random model may end a text early; ``generate`` was told not to
+            theirs.append(Cost(spent.wall * share, spent.cpu * share))
+        name = f"sampling, {streams} stream{'s' * (streams > 1)}"
+        figures += throughput(name, tokens[1:], ours[1:], "HF generate", theirs[1:], Goal(">=", goal))
+    return [Figure(name="save_weights_and_get_sampling_client", unit="ms", ours=publishing[1:]), *figures]
 
 
 async def short_beside_long(training: TrainingClient, options: Options) -> list[Figure]:
@@ -160,13 +144,6 @@ async def short_beside_long(training: TrainingClient, options: Options) -> list[
     ]
 
 
-async def sampled_per_second(sampler: SamplingClient, streams: int) -> float:
-    """Tokens per second of ``streams`` requests of different prompts sent at once."""
-    begun = perf_counter()
-    counts = await asyncio.gather(*(_sample(sampler, NEW) for _ in range(streams)))
-    return sum(counts) / (perf_counter() - begun)
-
-
 async def _sample(sampler: SamplingClient, new: int) -> int:
     prompt = np.random.default_rng().integers(_LEAST_TOKEN, VOCABULARY, size=PROMPT)
     response = await sampler.sample_async(ModelInput.from_ints(prompt), 1, SamplingParams(max_tokens=new))
@@ -185,12 +162,6 @@ def datums(rows: int = ROWS, length: int = LENGTH) -> list[Datum]:
     ]
 
 
-async def _took(future: Awaitable[object]) -> float:
-    begun = perf_counter()
-    await future
-    return perf_counter() - begun
-
-
 async def _pipeline(training: TrainingClient, data: Sequence[Datum]) -> float:
     begun = perf_counter()
     futures: list[Awaitable[object]] = []
@@ -198,12 +169,3 @@ async def _pipeline(training: TrainingClient, data: Sequence[Datum]) -> float:
         futures += [training.forward_backward(data), training.optim_step(_STEP)]
     await asyncio.gather(*futures)
     return (perf_counter() - begun) / _PIPELINED
-
-
-def _server_memory() -> Figure:
-    """The server is our only child that is no peer."""
-    import psutil  # type: ignore[import-untyped]
-
-    gc.collect()
-    servers = [one for one in psutil.Process().children() if "tg_tinker.server" in one.cmdline()]
-    return Figure(name="server, memory at the end", unit="MB RSS", ours=[servers[0].memory_info().rss / (1 << 20)])

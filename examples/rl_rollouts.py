@@ -81,7 +81,7 @@ def draw(curve: list[float], picture: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4))
-    axes = figure.add_subplot(xlabel="step", ylabel="mean reward of 64 samples", ylim=(0, 1))
+    axes = figure.add_subplot(xlabel="step", ylabel="mean reward of 64 samples", ylim=(0, 1.03))
     axes.plot(curve, marker="o")
     picture.parent.mkdir(exist_ok=True)
     figure.savefig(picture, dpi=120)

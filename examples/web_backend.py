@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -76,7 +77,7 @@ async def status(request: web.Request) -> web.Response:
 
 
 async def test_itself(model: str) -> None:
-    """Serve on a free port, read one completion while the training goes on, and say what happened."""
+    """Serve on a free port, read completions while the training goes on, and say what happened."""
     runner = web.AppRunner(make_app(model))
     await runner.setup()
     try:
@@ -89,18 +90,24 @@ async def test_itself(model: str) -> None:
 
 
 async def visit(session: aiohttp.ClientSession) -> None:
-    """Be a reader: look at the status, read a completion piece by piece, look again."""
-    before = {"step": 0}
+    """Be a reader: once the training is under way, read some completions piece by piece."""
+    before = await look(session)
     while not before["step"]:
         await asyncio.sleep(0.05)
-        async with session.get("/status") as answer:
-            before = await answer.json()
-    async with session.get("/complete", params={"prompt": TEXTS[0][:8]}) as answer:
-        pieces = [piece async for piece in answer.content.iter_any()]
-    async with session.get("/status") as answer:
-        after = await answer.json()
-    print(f"read {len(b''.join(pieces))} bytes in {len(pieces)} pieces: {b''.join(pieces).decode()!r}")
+        before = await look(session)
+    for text in TEXTS:
+        async with session.get("/complete", params={"prompt": text[:8]}) as answer:
+            pieces = [piece async for piece in answer.content.iter_any()]
+        print(f"read {len(pieces)} pieces: {b''.join(pieces).decode()!r}")
+    after = await look(session)
     print(f"meanwhile the training went from step {before['step']} to step {after['step']}, loss {after['loss']:.3f}")
+
+
+async def look(session: aiohttp.ClientSession) -> dict[str, Any]:
+    """How far the training is."""
+    async with session.get("/status") as answer:
+        found: dict[str, Any] = await answer.json()
+    return found
 
 
 if __name__ == "__main__":

@@ -28,12 +28,9 @@ def leaves_nothing_behind() -> Iterator[None]:
     """Fail a test after which threads, tasks on the bridge or open sessions remain that were not there before."""
     threads, guests = set(threading.enumerate()), _guests()
     yield
-    for what, left in {
-        "threads": lambda: {thread for thread in threading.enumerate() if thread not in threads and not _ours(thread)},
-        "tasks on the bridge": _bridge_tasks,
-        "sessions": lambda: _guests() - guests,
-    }.items():
-        _wait_until_gone(what, left)
+    _wait_until_gone("threads", lambda: {one for one in threading.enumerate() if one not in threads and not _ours(one)})
+    _wait_until_gone("tasks on the bridge", _bridge_tasks)
+    _wait_until_gone("sessions", lambda: _guests() - guests)
 
 
 def _wait_until_gone(what: str, left: Callable[[], set[object]]) -> None:

@@ -33,13 +33,16 @@ from tg_tinker.errors import (
 
 if TYPE_CHECKING:
     from tg_tinker.futures import FutureHandle, OperationFuture
+    from tg_tinker.privacy.poisson import PoissonSampler
     from tg_tinker.sampling import SamplingClient
     from tg_tinker.service import ServiceClient
+    from tg_tinker.store.offline import open_artifact
     from tg_tinker.training import TrainingClient
     from tg_tinker.types.batch import BatchData
     from tg_tinker.types.config import DPConfig, LoRAConfig, OptimizerConfig, SamplingConfig, TrainingConfig
     from tg_tinker.types.loops import AdamParams, Datum, ModelInput, SamplingParams
     from tg_tinker.types.results import (
+        ArtifactInfo,
         AuditLogEntry,
         DPMetrics,
         EncryptionInfo,
@@ -54,13 +57,18 @@ if TYPE_CHECKING:
         TrainingClientInfo,
     )
     from tg_tinker.types.tensor import TensorData
+    from tg_tinker.verify import AuditHead, AuditVerification, verify_audit_log
     from tg_tinker.wire.digest import batch_hash
+    from tg_tinker.wire.tg import FutureInfo
 
     __version__: str
 
 __all__ = [
     "AdamParams",
+    "ArtifactInfo",
+    "AuditHead",
     "AuditLogEntry",
+    "AuditVerification",
     "AuthenticationError",
     "AuthorizationError",
     "BatchData",
@@ -75,6 +83,7 @@ __all__ = [
     "ForwardBackwardResult",
     "FutureCancelledError",
     "FutureHandle",
+    "FutureInfo",
     "FutureTimeoutError",
     "InvalidRequestError",
     "LoRAConfig",
@@ -84,6 +93,7 @@ __all__ = [
     "OperationFuture",
     "OptimStepResult",
     "OptimizerConfig",
+    "PoissonSampler",
     "PrivacyReport",
     "QueueFullError",
     "RateLimitedError",
@@ -108,22 +118,28 @@ __all__ = [
     "UnretrievedOperationWarning",
     "__version__",
     "batch_hash",
+    "open_artifact",
+    "verify_audit_log",
 ]
 
 _HOMES = {
     "tg_tinker.futures": "FutureHandle OperationFuture",
+    "tg_tinker.privacy.poisson": "PoissonSampler",
     "tg_tinker.sampling": "SamplingClient",
     "tg_tinker.service": "ServiceClient",
+    "tg_tinker.store.offline": "open_artifact",
     "tg_tinker.training": "TrainingClient",
     "tg_tinker.types.batch": "BatchData",
     "tg_tinker.types.config": "DPConfig LoRAConfig OptimizerConfig SamplingConfig TrainingConfig",
     "tg_tinker.types.loops": "AdamParams Datum ModelInput SamplingParams",
     "tg_tinker.types.results": (
-        "AuditLogEntry DPMetrics EncryptionInfo ForwardBackwardResult LoadStateResult OptimStepResult PrivacyReport "
-        "Sample SampleResult SaveStateResult StreamChunk TrainingClientInfo"
+        "ArtifactInfo AuditLogEntry DPMetrics EncryptionInfo ForwardBackwardResult LoadStateResult OptimStepResult "
+        "PrivacyReport Sample SampleResult SaveStateResult StreamChunk TrainingClientInfo"
     ),
     "tg_tinker.types.tensor": "TensorData",
+    "tg_tinker.verify": "AuditHead AuditVerification verify_audit_log",
     "tg_tinker.wire.digest": "batch_hash",
+    "tg_tinker.wire.tg": "FutureInfo",
 }
 _PLACES = {name: module for module, names in _HOMES.items() for name in names.split()}
 

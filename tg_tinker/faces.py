@@ -13,11 +13,12 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
+from tg_tinker.backing import Home
 from tg_tinker.channel import Channel, drop
 from tg_tinker.core.call import Call, Composed, Flow, Plan
 from tg_tinker.core.compose import compose
 from tg_tinker.core.run import RunCore
-from tg_tinker.futures import Home, OperationFuture
+from tg_tinker.futures import OperationFuture
 
 __all__ = [
     "AsyncChunks",
@@ -110,7 +111,7 @@ def _work(core: RunCore, plan: Plan[R]) -> Coroutine[Any, Any, R]:
     if isinstance(plan, Call):
         return core.perform(plan)
     if isinstance(plan, Flow):
-        return plan.steps()
+        return plan.run()
     raise TypeError(f"a plan of a direct operation returns a Call or a Flow, not {plan!r}")
 
 

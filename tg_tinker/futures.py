@@ -11,12 +11,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
 from math import inf, isnan
-from typing import Any, Generic, NoReturn, Protocol, TypeVar, cast
+from typing import Any, Generic, NoReturn, TypeVar, cast
 
+from tg_tinker.backing import Backer, Home
 from tg_tinker.errors import (
     ClientClosedError,
     Failure,
@@ -31,37 +32,7 @@ from tg_tinker.outcome import Outcome
 __all__ = ["APIFuture", "FutureHandle", "OperationFuture"]
 
 R = TypeVar("R")
-T = TypeVar("T")
 _logger = logging.getLogger("tg_tinker.futures")
-
-
-class Home(Protocol):
-    """What a future needs of the place where its client lives (see ``bridge``)."""
-
-    def call_soon(self, function: Callable[..., object], /, *args: Any) -> None:
-        """Run ``function`` on the home's loop; any thread."""
-
-    def check_blocking(self, what: str) -> None:
-        """Raise where blocking this thread would deadlock; warn where it would stall another loop."""
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` at home and block until it is done."""
-        ...
-
-    async def hop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` at home and await it from whatever loop this is."""
-        ...
-
-
-class Backer(Protocol):
-    """Who works for a future: fetches its outcome and takes requests to cancel it. Called at home."""
-
-    def wake(self, future: OperationFuture[Any], /) -> None:
-        """Somebody wants the outcome: see to it that it is being fetched."""
-
-    async def cancel(self, future: OperationFuture[Any], /) -> bool:
-        """Ask for cancellation; return whether the operation will really not take effect."""
-        ...
 
 
 class OperationFuture(Generic[R]):

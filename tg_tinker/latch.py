@@ -79,14 +79,14 @@ class Latch:
         loop = running_loop()
         woken: asyncio.Future[None] = loop.create_future()
         forget = self.when_set(lambda: _wake_on(loop, woken))
+        timer = None if timeout is None else loop.call_later(timeout, _resolve, woken)
         try:
-            async with asyncio.timeout(timeout):
-                await woken
-        except TimeoutError:
-            return self._set
+            await woken
         finally:
             forget()
-        return True
+            if timer is not None:
+                timer.cancel()
+        return self._set
 
 
 def running_loop() -> asyncio.AbstractEventLoop:

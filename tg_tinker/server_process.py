@@ -64,6 +64,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                start_new_session=True,  # Ctrl-C in a terminal is for the program: it may well go on
             )
         threading.Thread(target=self._watch, name="tg-tinker-server-watch", daemon=True).start()
 

@@ -123,6 +123,7 @@ class ServiceBase:
             endpoint,
             home,
             policy=RetryPolicy(count=self._settings.retry_count),
+            verify_ssl=self._settings.verify_ssl,
             headers={"User-Agent": f"tg-tinker/{importlib.metadata.version('tg-tinker')}"},
         )
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import aclosing
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -20,16 +21,18 @@ from tg_tinker.service_base import ServiceBase
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import TrainingConfig
-from tg_tinker.types.results import AuditLogEntry, TrainingClientInfo
+from tg_tinker.types.results import ArtifactInfo, AuditLogEntry, TrainingClientInfo
 from tg_tinker.wire import codec, loops, tg
 from tg_tinker.wire.route import Route
+from tg_tinker.wire.tg import FutureInfo
 
 if TYPE_CHECKING:
-    from tg_tinker.verify import AuditVerification
+    from tg_tinker.verify import AuditHead, AuditVerification
 
 __all__ = ["TGService"]
 
 STATUSES = ("active", "completed", "failed")
+FUTURE_STATUSES = ("pending", "running", *tg.ENDED)
 _PAGE = 1000  # audit entries in one answer, at most
 
 
@@ -114,6 +117,31 @@ class TGService(ServiceBase):
 
     get_future_async = twin(get_future)
 
+    @blocking
+    def get_future_info(self, future_id: str) -> Call[FutureInfo]:
+        """Tell how far an operation is, without its result: status and times.
+
+        Raises ``ResourceNotFoundError`` where there is no such future.
+        """
+        return call(tg.FUTURE, parts={"id": arguments.text("future_id", future_id)})
+
+    get_future_info_async = twin(get_future_info)
+
+    @blocking
+    def list_futures(
+        self, training_client_id: str | None = None, status: str | None = None, limit: int = 100
+    ) -> Call[list[FutureInfo]]:
+        """List the tenant's operations, newest first, those of earlier server processes too.
+
+        ``status`` is "pending", "running", "completed", "failed" or "cancelled".
+        """
+        if status is not None and status not in FUTURE_STATUSES:
+            raise checks.refuse("status", f"one of {', '.join(FUTURE_STATUSES)}, or None", status)
+        limit = arguments.whole("limit", limit, 1, _PAGE)
+        return call(tg.FUTURES, query={"training_client_id": training_client_id, "status": status, "limit": limit})
+
+    list_futures_async = twin(list_futures)
+
     async def _find_future(self, future_id: str) -> OperationFuture[Any]:
         info = await self.core.perform(call(tg.FUTURE, parts={"id": future_id}))
         client = info.training_client_id or ""
@@ -127,10 +155,36 @@ class TGService(ServiceBase):
     # ------------------------------------------------------------------------------------------- artifacts
 
     @blocking
-    def pull_artifact(self, artifact_id: str, destination: str | Path | None = None) -> Flow[bytes]:
+    def list_artifacts(self, training_client_id: str | None = None, limit: int = 100) -> Call[list[ArtifactInfo]]:
+        """List the tenant's artifacts, or those of one run, newest first."""
+        limit = arguments.whole("limit", limit, 1, _PAGE)
+        return call(tg.ARTIFACTS, query={"training_client_id": training_client_id, "limit": limit})
+
+    list_artifacts_async = twin(list_artifacts)
+
+    @blocking
+    def delete_artifact(self, artifact_id: str) -> Call[None]:
+        """Remove an artifact for good.
+
+        Raises ``ResourceNotFoundError`` where there is no such artifact.
+        """
+        parts = {"id": arguments.text("artifact_id", artifact_id)}
+        return call(tg.ARTIFACT, parts=parts, decode=_nothing, whole_reply=True)
+
+    delete_artifact_async = twin(delete_artifact)
+
+    @blocking
+    def pull_artifact(
+        self,
+        artifact_id: str,
+        destination: str | Path | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
+    ) -> Flow[bytes]:
         """Return an artifact's sealed bytes, and write them to the file ``destination`` where one is given.
 
-        Only the holder of the tenant's key can open them (``tg-tinker artifacts open``).
+        Only the holder of the tenant's key can open them (``open_artifact``, or ``tg-tinker artifacts open``).
+        ``progress`` is called now and then with the number of bytes that have come, on the client's home.
 
         Raises ``ResourceNotFoundError`` where there is no such artifact.
         """
@@ -141,15 +195,26 @@ class TGService(ServiceBase):
             whole_reply=True,
             timeout=self.config.timeout,
         )
-        return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination))
+        return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination, progress))
 
     pull_artifact_async = twin(pull_artifact)
 
-    async def _pull(self, get: Call[bytes], destination: str | Path | None) -> bytes:
-        content = await self.core.perform(get)
+    async def _pull(
+        self, get: Call[bytes], destination: str | Path | None, progress: Callable[[int], object] | None
+    ) -> bytes:
+        content = await (self.core.perform(get) if progress is None else self._watched(get, progress))
         if destination is not None:
             await asyncio.to_thread(_write, destination, content)
         return content
+
+    async def _watched(self, get: Call[bytes], progress: Callable[[int], object]) -> bytes:
+        self.core.check_open()
+        content = bytearray()
+        async with aclosing(self.core.service.connection.stream(self.core.request(get), _opened)) as pieces:
+            async for piece in pieces:
+                content += piece
+                progress(len(content))
+        return bytes(content)
 
     # ------------------------------------------------------------------------------------------- audit log
 
@@ -177,16 +242,26 @@ class TGService(ServiceBase):
     get_audit_logs_async = twin(get_audit_logs)
 
     @blocking
-    def verify_audit_log(self) -> Flow[AuditVerification]:
-        """Fetch the tenant's whole audit log and check its chain and the server's signature under its end.
+    def get_audit_head(self) -> Call[AuditHead]:
+        """Return the length and last hash of the tenant's audit log, signed by the server: evidence to keep."""
+        from tg_tinker.verify import AuditHead
 
+        return call(tg.AUDIT_HEAD, decode=partial(codec.decode, AuditHead))
+
+    get_audit_head_async = twin(get_audit_head)
+
+    @blocking
+    def verify_audit_log(self, heads: Sequence[AuditHead] = ()) -> Flow[AuditVerification]:
+        """Fetch the tenant's whole audit log and check its chain, its end's signature, and ``heads`` kept from before.
+
+        A log that was cut off or rewritten since a kept head was signed does not pass, nor one that another key signs.
         The result names the first entry that is changed, missing or unproven. Needs ``tg-tinker[verify]``.
         """
-        return Flow(operation="verify_audit_log", steps=self._verify)
+        return Flow(operation="verify_audit_log", steps=partial(self._verify, tuple(heads)))
 
     verify_audit_log_async = twin(verify_audit_log)
 
-    async def _verify(self) -> AuditVerification:
+    async def _verify(self, kept: tuple[AuditHead, ...]) -> AuditVerification:
         from tg_tinker.verify import AuditHead, verify_audit_log
 
         head = await self.core.perform(call(tg.AUDIT_HEAD, decode=partial(codec.decode, AuditHead)))
@@ -196,7 +271,7 @@ class TGService(ServiceBase):
             if not page:
                 break
             entries += page
-        return verify_audit_log(entries[: head.sequence], tenant_id=head.tenant_id, heads=[head])
+        return verify_audit_log(entries[: head.sequence], tenant_id=head.tenant_id, heads=[*kept, head])
 
 
 def _submits(table: object) -> dict[str, Route[Any]]:
@@ -228,3 +303,7 @@ def _body(reply: Reply) -> bytes:
 
 def _nothing(_: object) -> None:
     """What a deletion answers."""
+
+
+def _opened() -> None:
+    """A pull has no place in any order that it could give up."""

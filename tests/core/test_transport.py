@@ -211,6 +211,16 @@ async def test_a_request_in_flight_at_close_says_so(server: ScriptedServer, conn
         await waiting
 
 
+@pytest.mark.parametrize("verify", [True, False])
+async def test_certificates_are_checked_unless_told_otherwise(server: ScriptedServer, *, verify: bool) -> None:
+    """The choice reaches the connector."""
+    connection = Connection(FixedEndpoint(server.url), LoopHome(), verify_ssl=verify)
+    await connection.send(HEALTHY)
+    assert connection._session is not None
+    assert connection._session.connector._ssl is verify  # type: ignore[union-attr]
+    await connection.aclose()
+
+
 async def test_an_abandoned_connection_opens_another_session(connection: Connection) -> None:
     """As after a fork: the old session is neither used nor closed."""
     connection.abandon()

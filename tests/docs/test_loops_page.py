@@ -114,8 +114,8 @@ def test_a_loops_program_keeps_its_environment(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_sampling_client_of_the_page(trainer: TrainingClient) -> None:
     """Publishing gives a client pinned to the version; several operations may be on their way before the first wait."""
-    futures = [trainer.save_weights_for_sampler("a"), trainer.save_weights_and_get_sampling_client("b")]
-    client = futures[1].result(timeout=600.0)
+    trainer.save_weights_for_sampler("a")
+    client = trainer.save_weights_and_get_sampling_client("b").result(timeout=600.0)
     assert isinstance(client, SamplingClient)
     assert client.min_policy_version == 2
     assert client.sample(

@@ -162,3 +162,10 @@ def test_values_check_themselves() -> None:
     ):
         with pytest.raises(InvalidRequestError):
             make()
+
+
+def test_an_error_says_where_the_call_was_made(service: ServiceClient) -> None:
+    """The note of an error names the operation and the caller's own line, also where several requests were made."""
+    with pytest.raises(ResourceNotFoundError) as caught:
+        service.attach("run-nowhere")
+    assert any("test_bad_input_service.py" in note for note in caught.value.__notes__)

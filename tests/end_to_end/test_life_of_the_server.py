@@ -81,16 +81,50 @@ def test_the_server_ends_when_its_program_is_killed(tmp_path: Path) -> None:
 
 
 def test_two_programs_share_a_home(tmp_path: Path) -> None:
-    """Each program has a server of its own on the same home; what one saved the other opens."""
-    save = f"{TRAIN}\nprint(tc.save_state(metadata={{'by': 'one'}}).artifact_id)\nsys.stdin.read()\nservice.close()\n"
+    """Each program has a server of its own on the same home; what one saved or computed the other finds."""
+    save = f"""{TRAIN}
+print(tc.save_state(metadata={{"by": "one"}}).artifact_id)
+print(tc.forward_backward(BATCH).id, flush=True)
+sys.stdin.read()
+service.close()
+"""
     with program(tmp_path, save) as one:
         assert one.stdout is not None
-        assert float(one.stdout.readline()) > 0
-        artifact = one.stdout.readline().strip()
-        load = f"{TRAIN}\nprint(tc.load_state({artifact!r}).metadata['by'])\nservice.close()\n"
-        assert finish(program(tmp_path, load)).split()[1] == "one"
-        out, err = one.communicate("", timeout=PATIENCE)
-    assert (one.returncode, out, err) == (0, "", "")
+        loss, artifact, future = (one.stdout.readline().strip() for _ in range(3))
+        load = f"""{TRAIN}
+print(tc.load_state({artifact!r}).metadata["by"])
+print(service.get_future({future!r}).result(timeout=60).loss)
+service.close()
+"""
+        out = finish(program(tmp_path, load)).split()
+        assert (out[1], float(out[2])) == ("one", pytest.approx(float(loss)))
+        out_of_one = one.communicate("", timeout=PATIENCE)
+    assert (one.returncode, out_of_one) == (0, ("", ""))
+
+
+def test_a_future_is_found_after_the_program_was_restarted(tmp_path: Path) -> None:
+    """A finished operation gives its result again; one that had not finished says that its server is gone."""
+    first = f"""{TRAIN}
+done = tc.forward_backward(BATCH)
+done.result(timeout=100)
+print(done.id)
+futures = [tc.forward_backward({{"input_ids": [[1] * 1000] * 16}}) for _ in range(20)]
+print(futures[-1].id, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    with program(tmp_path, first) as one:
+        out = one.communicate(timeout=PATIENCE)[0].split()
+    loss, done, unfinished = out
+    second = f"""
+    with ServiceClient(home=HOME) as service:
+        print(service.get_future({done!r}).result(timeout=60).loss)
+        try:
+            service.get_future({unfinished!r}).result(timeout=60)
+        except ServerRestartedError as error:
+            print("gone")
+    """
+    again = finish(program(tmp_path, second)).split()
+    assert (float(again[0]), again[1:]) == (pytest.approx(float(loss)), ["gone"])
 
 
 def test_a_program_that_closes_nothing_ends_cleanly(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def test_a_loss_of_ones_own_keeps_its_place_in_the_order(trainer: loops.Training
     assert step.metrics is not None
     assert (step.metrics["step"], step.metrics["grad_norm"] > 0) == (1, True)
 
-    failing = trainer.forward_backward_custom([datum()], lambda *_: None, loss_type_input="numpy")  # type: ignore[arg-type,return-value]
+    failing = trainer.forward_backward_custom([datum()], lambda *_: None, loss_type_input="numpy")  # type: ignore[arg-type]
     with pytest.raises(OperationFailedError):
         trainer.optim_step(STEP)
     assert isinstance(failing.exception(timeout=60), InvalidRequestError)

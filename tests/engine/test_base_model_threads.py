@@ -48,7 +48,7 @@ def test_more_threads_are_taken_only_where_they_pay(
     """A larger model is measured, and threads are doubled only while that makes it clearly faster."""
     monkeypatch.delenv(threads.VARIABLE, raising=False)
     monkeypatch.setattr(threads, "_SMALL", 0)
-    monkeypatch.setattr(threads, "_seconds", lambda _base, count: seconds[count])
+    monkeypatch.setattr(threads, "_seconds", lambda _base, count, _hopeless: seconds[count])
     torch.set_num_threads(4)
     assert threads.tune_threads(tiny()) == expected
 

@@ -190,7 +190,7 @@ def test_validation_raises_on_the_callers_thread(threaded: ThreadedServer, toy: 
 def test_a_twin_needs_a_face() -> None:
     """``twin`` of a plain function says what is missing."""
     with pytest.raises(TypeError, match="is not a face"):
-        twin(lambda _: None)  # type: ignore[arg-type, misc]
+        twin(lambda _: None)
 
 
 def test_a_plan_needs_its_annotation() -> None:

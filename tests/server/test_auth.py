@@ -93,6 +93,15 @@ async def test_a_rebound_name_is_refused(client):
     assert (await client.get("/healthz", Host="localhost:1")).status == 200
 
 
+async def test_a_page_of_another_site_is_refused(serve):
+    """An Origin elsewhere gets 403, also where no key is asked for: a web page cannot train here by posting."""
+    client = (await serve(keys={})).as_tenant(None)
+    body = {"model_ref": MODEL}
+    assert (await client.post("/v1/training_clients", body, Origin="https://evil.example")).status == 403
+    assert (await client.post("/v1/training_clients", body, Origin="null")).status == 403
+    assert (await client.post("/v1/training_clients", body, Origin="http://localhost:3000")).status == 201
+
+
 async def test_too_many_requests_are_told_when_to_come_back(serve):
     """Over the limit a tenant gets 429 with Retry-After; another tenant is not affected."""
     client = await serve(requests_per_minute=3)

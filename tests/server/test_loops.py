@@ -60,7 +60,7 @@ async def test_a_submit_is_known_by_its_key(client, engine):
 
 
 async def test_old_and_unknown_keys_of_a_body_are_taken(client):
-    """Bodies of every generation of the Loops client are understood: trainer_server_id, routed_experts_ref, anything."""
+    """Bodies of every generation of the Loops client are understood: unknown keys are ignored."""
     trainer, _ = await client.trainer(MODEL, replicas=1, availability_model="dedicated")
     body = {
         **PASS, "trainer_server_id": "r1", "seq_id": 7, "model": MODEL, "top_k_logprobs": 0, "something": [1],
@@ -96,7 +96,7 @@ async def test_a_pending_operation_is_408_after_a_hold(client, engine):
 
 
 async def test_the_version_gate_waits_for_the_publish(client):
-    """A sample that insists on a version is held, woken by the publish, and served by it; otherwise 408 after a hold."""
+    """A sample that insists on a version is held, woken by the publish, and served by it; or told 408."""
     trainer, sampler = await client.trainer(MODEL)
     early = await client.post(f"{sampler}/sample?wait=0.1", {"prompt": [5], "max_tokens": 1}, X_Min_Policy_Version="1")
     assert (early.status, early.error["code"]) == (408, "SAMPLER_NOT_READY")
@@ -112,7 +112,7 @@ async def test_the_version_gate_waits_for_the_publish(client):
 
 
 async def test_a_pinned_version_never_changes(client):
-    """The exact header is served by that version although newer ones were published; unpinned samples get the newest."""
+    """The exact header is served by that version although newer ones exist; unpinned samples get the newest."""
     trainer, sampler = await client.trainer(MODEL)
     for name in ("first", "second"):
         await client.operate(trainer, "forward_backward", PASS)
@@ -209,7 +209,7 @@ async def test_the_control_plane_is_of_the_dedicated_flavour(client):
 
 
 async def test_a_run_starts_from_a_saved_state(client):
-    """POST trainers with a path gives a run at the saved step; one from a sampler checkpoint is refused with the reason."""
+    """POST trainers with a path gives a run at the saved step; loading a sampler checkpoint is refused."""
     trainer, _ = await client.trainer(MODEL)
     await client.operate(trainer, "forward_backward", PASS)
     await client.operate(trainer, "optim_step", ADAM)

@@ -79,7 +79,7 @@ async def test_hashes_are_keyed(real):
 
 
 async def test_the_budget_is_checked_before_anything_changes(real):
-    """Over the budget both the pass and the step are refused, and what was is still there; sampling and saving go on."""
+    """Over the budget both the pass and the step are refused, and what was is still there; the rest goes on."""
     run = await make(real, dp_config={"target_epsilon": 6.0})
     await real.run(f"{run}/forward_backward", batch(10))
     spent = (await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]["total_epsilon"]

@@ -49,7 +49,7 @@ def get(url: str, key: str | None = None) -> int:
 
 
 def test_the_child_says_where_it_listens_and_wants_the_key(tmp_path):
-    """One JSON line gives the URL; the key of the environment opens it and nothing else does; SIGTERM ends it with 0."""
+    """One JSON line gives the URL; the key of the environment alone opens it; SIGTERM ends it with 0."""
     with server(tmp_path, "--parent", str(os.getpid())) as (child, url):
         assert url.startswith("http://127.0.0.1:")
         assert get(f"{url}/healthz") == 200
@@ -73,8 +73,8 @@ def test_without_a_key_the_child_does_not_start(tmp_path):
 
 PARENT = """
 import json, os, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-m", "tg_tinker.server", "--home", sys.argv[1], "--parent", str(os.getpid())],
-                         stdout=subprocess.PIPE)
+command = [sys.executable, "-m", "tg_tinker.server", "--home", sys.argv[1], "--parent", str(os.getpid())]
+child = subprocess.Popen(command, stdout=subprocess.PIPE)
 print(child.stdout.readline().decode(), flush=True)
 time.sleep(600)
 """

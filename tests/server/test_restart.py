@@ -106,5 +106,5 @@ async def test_large_results_leave_memory_and_come_back_from_disk(serve, monkeyp
     await client.server.app[ROOMS].journal.flush()
     monkeypatch.setattr(tickets, "_swept", 0.0)
     await client.operate(trainer, "forward", {"data": [datum(3, 4)]}, key="second")
-    assert tickets.find("tenant-a", "first") is None
+    assert tickets.find("tenant-a", "first").dropped
     assert (await client.get(f"{trainer}/operations/first")).json == first

@@ -220,3 +220,38 @@ async def test_polls_hold_exactly_as_long_as_they_are_told(client, engine):
     assert (await poll)["status"] == "completed"
     assert (await client.get(future)).json["started_at"] is not None
     assert (await client.get(f"{future}/result?wait=-1")).status == 422
+
+
+async def test_samples_of_one_step_share_one_copy_of_the_weights(client, engine):
+    """However many samples are asked for between two steps, the adapter is copied once."""
+    run = await client.create(MODEL)
+    asked = {"prompts": "a", "max_tokens": 2}
+    await asyncio.gather(*(client.run(f"{run}/sample", asked) for _ in range(10)))
+    assert engine.log.count("snapshot@0") == 1
+    await client.run(f"{run}/forward_backward", {"batch": BATCH})
+    await client.run(f"{run}/optim_step")
+    assert (await client.run(f"{run}/sample", asked))["result"]["samples"][0]["completion"] == "cd"
+    assert len({id(request.adapter) for request in engine.requests}) == 2
+
+
+async def test_a_sample_that_runs_can_be_cancelled(client, engine):
+    """Cancelling a sample whose tokens are being made says true and frees its slots."""
+    run = await client.create(MODEL)
+    engine.tick_seconds = 0.02
+    future = await client.submit(f"{run}/sample", {"prompts": "a", "max_tokens": 400, "num_completions": 2})
+    async with asyncio.timeout(10):
+        while not (engine.samplers and len(engine.samplers[0].active) == 2):
+            await asyncio.sleep(0.005)
+    assert (await client.post(f"{future}/cancel")).json == {"success": True}
+    assert (await client.result(future))["status"] == "cancelled"
+    assert not engine.samplers[0].busy
+
+
+async def test_a_stream_that_is_asked_for_again_streams_again(client):
+    """A stream cannot be replayed: the same key gives a stream of its own."""
+    run = await client.create(MODEL)
+    for _ in range(2):
+        answer = await client.post(f"{run}/sample_stream", {"prompts": "a", "max_tokens": 2}, Idempotency_Key="s")
+        *items, end = frames.FrameReader().feed(answer.body)
+        assert "".join(item["item"]["text"] for item in items) == "bc"
+        assert end == {"end": True}

@@ -54,7 +54,7 @@ async def test_the_loss_is_the_models_own(real):
 
 
 async def test_training_resumes_bit_for_bit(real):
-    """Saved, trained on, restored and trained again beside a second run: the same losses, hashes and norms to the bit."""
+    """Saved, trained on, restored and trained again beside a second run: the same losses, hashes and norms."""
     run, other = await make(real), await make(real, seed=2)
     await step(real, run)
     saved = (await real.post(f"{run}/save_state", {"metadata": {"epoch": 1}})).json

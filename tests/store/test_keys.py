@@ -9,7 +9,7 @@ import pytest
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.store.keyring import KeyRing
-from tg_tinker.store.keys import VARIABLE, KeyEnvironment, KeyFile
+from tg_tinker.store.keys import VARIABLE, KeyEnvironment, KeyFile, provider_of
 from tg_tinker.store.tink_aead import UnauthenticError
 
 

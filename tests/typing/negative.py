@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from api import Loss, Trainer
 
+import tg_tinker
+from tg_tinker import LoadStateResult, OperationFuture, ServiceClient, loops
 from tg_tinker.core.call import Call
 from tg_tinker.faces import operation, twin
 
@@ -48,3 +50,26 @@ def not_a_face(number: int) -> int:
 
 
 wrong = twin(not_a_face)  # expect: type-var reportArgumentType
+
+
+async def wrong_use_of_the_surfaces(
+    tc: tg_tinker.TrainingClient, run: loops.TrainingClient, sampler: loops.SamplingClient, client: ServiceClient
+) -> None:
+    tc.forward_backward([1])  # expect: arg-type reportArgumentType
+    tc.optim_step(apply_noise=True)  # expect: call-arg reportCallIssue
+    tc.sample("a", seed="1")  # expect: arg-type reportArgumentType
+    tc.sample("a", 1, 1.0, 1.0, None, None, 1, 1.0, 0.0, 0.0, 5)  # expect: call-arg reportCallIssue
+    tc.sample_stream("a", top_pp=1.0)  # expect: call-arg reportCallIssue
+    tc.sample_stream(["a"])  # expect: arg-type reportArgumentType
+    saved: str = tc.save_state()  # expect: assignment reportAssignmentType
+    loaded: OperationFuture[LoadStateResult] = tc.load_state("a")  # expect: assignment reportAssignmentType
+    tc.step = 5  # expect: misc reportAttributeAccessIssue
+    run.forward_backward(["a"])  # expect: list-item reportArgumentType
+    run.forward_backward([], "crossentropy")  # expect: arg-type reportArgumentType
+    run.optim_step(1e-4)  # expect: arg-type reportArgumentType
+    await run.save_state_async(5)  # expect: arg-type reportArgumentType
+    path: str = run.load_state("p")  # expect: assignment reportAssignmentType
+    sampler.sample("text", 1.5)  # expect: arg-type,arg-type reportArgumentType,reportArgumentType
+    client.create_training_client(config=5)  # expect: arg-type reportArgumentType
+    client.create_lora_training_client("m", lora_rank=8)  # expect: call-arg reportCallIssue
+    print(saved, loaded, path)

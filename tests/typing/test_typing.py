@@ -16,6 +16,7 @@ import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CHECKED = ("api.py", "surfaces.py", "negative.py")
 EXPECTED = re.compile(r"# expect: (?P<mypy>\S+) (?P<pyright>\S+)")
 MYPY = re.compile(r"(?P<file>\w+)\.py:(?P<line>\d+): error: (?P<message>.*?)  \[(?P<code>[\w-]+)\]")
 SETTINGS = """
@@ -35,7 +36,7 @@ needs_node = pytest.mark.skipif(
 
 
 def expected(checker: str) -> Found:
-    """The diagnostics that the comments in ``negative.py`` name, by line; there are none in ``api.py``."""
+    """The diagnostics that the comments in ``negative.py`` name, by line; the other files have none."""
     found: Found = Counter()
     for number, line in enumerate((HERE / "negative.py").read_text().splitlines(), start=1):
         match = EXPECTED.search(line)
@@ -45,9 +46,9 @@ def expected(checker: str) -> Found:
 
 
 def run(*command: str) -> str:
-    """What a checker says about both files."""
+    """What a checker says about the files."""
     return subprocess.run(
-        [sys.executable, "-m", *command, str(HERE / "api.py"), str(HERE / "negative.py")],
+        [sys.executable, "-m", *command, *(str(HERE / name) for name in CHECKED)],
         capture_output=True,
         text=True,
         timeout=280,
@@ -70,7 +71,7 @@ def test_mypy_sees_through_the_faces(tmp_path: Path) -> None:
 def test_pyright_sees_through_the_faces() -> None:
     """pyright, strict, accepts every assertion, and refuses each marked line with the rule named there."""
     said = json.loads(run("pyright", "--outputjson", "--pythonpath", sys.executable))
-    assert said["summary"]["filesAnalyzed"] == 2
+    assert said["summary"]["filesAnalyzed"] == len(CHECKED)
     found: Found = Counter(
         (Path(one["file"]).stem, one["range"]["start"]["line"] + 1, one["rule"]) for one in said["generalDiagnostics"]
     )

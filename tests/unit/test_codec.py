@@ -102,7 +102,7 @@ def _again(value: Any) -> Any:
         tg.SampleRequest(prompts=("a", "b"), seed=1),
         loops_wire.OptimStepRequest(adam_params=loops.AdamParams(learning_rate=1e-3)),
         loops_wire.Accepted(operation_id="op-1"),
-        TrainingConfig(model_ref="m", dp_config={"target_epsilon": 3.0}),  # type: ignore[arg-type]
+        TrainingConfig(model_ref="m", dp_config={"target_epsilon": 3.0}),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -159,7 +159,7 @@ def test_a_yaml_file_makes_the_same_config(tmp_path: Any) -> None:
 
 def test_configs_are_frozen_and_pickle() -> None:
     """A config cannot be changed behind a run's back, and travels to another process."""
-    config = TrainingConfig(model_ref="m", lora_config={"rank": 2})  # type: ignore[arg-type]
+    config = TrainingConfig(model_ref="m", lora_config={"rank": 2})
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         config.batch_size = 3  # type: ignore[misc]
     assert pickle.loads(pickle.dumps(config)) == config

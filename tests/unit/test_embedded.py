@@ -43,7 +43,7 @@ async def test_clients_of_one_home_share_one_server(tmp_path: Path) -> None:
     """Two clients that start at once get the same process; it ends with the second one that is closed."""
     said: list[tuple[str, str]] = []
     one, two = endpoint(tmp_path, said=said), endpoint(tmp_path)
-    assert await asyncio.gather(one.resolve(), two.resolve()) == [await one.resolve()] * 2
+    assert set(await asyncio.gather(one.resolve(), two.resolve())) == {await one.resolve()}
     process = server_of(tmp_path).process
     assert process is not None
     assert [stage for stage, _ in said] == ["server", "load", "server"]

@@ -33,7 +33,7 @@ def test_a_model_input_grows_without_changing() -> None:
     assert (first.to_ints(), longer.to_ints(), longer.length) == ([1, 2], [1, 2, 3, 4], 4)
     assert longer.to_numpy().tolist() == [1, 2, 3, 4]
     assert (ModelInput.empty().length, ModelInput.empty().to_ints()) == (0, [])
-    assert longer == ModelInput([EncodedTextChunk([1, 2]), EncodedTextChunk([3]), EncodedTextChunk([4])])  # type: ignore[arg-type]
+    assert longer == ModelInput([EncodedTextChunk([1, 2]), EncodedTextChunk([3]), EncodedTextChunk([4])])
     assert hash(first) == hash(ModelInput.from_ints(np.array([1, 2])))
 
 
@@ -48,7 +48,7 @@ def test_tokens_must_be_a_flat_list_of_ids(tokens: Any) -> None:
 def test_an_image_chunk_is_refused() -> None:
     """A chunk of another kind is named by its index."""
     with pytest.raises(InvalidRequestError) as caught:
-        ModelInput([EncodedTextChunk([1]), {"type": "image"}])  # type: ignore[arg-type,list-item]
+        ModelInput([EncodedTextChunk([1]), {"type": "image"}])  # type: ignore[list-item]
     assert caught.value.field == "chunks[1]"
 
 
@@ -139,7 +139,7 @@ def test_the_defaults_are_those_of_loops() -> None:
         "weight_decay": 0.0,
         "grad_clip_norm": 1.0,
     }
-    assert SamplingParams(stop=["a"]).to_dict() == {  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a"]).to_dict() == {
         "max_tokens": None,
         "seed": None,
         "stop": ["a"],

@@ -60,6 +60,14 @@ def test_the_key_is_not_on_the_command_line(start: Start) -> None:
     assert process.key not in Path(f"/proc/{process.pid}/cmdline").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(not hasattr(os, "getpgid"), reason="POSIX only")
+def test_ctrl_c_in_a_terminal_does_not_reach_it(start: Start) -> None:
+    """The process is in a group of its own, so an interrupted program can go on with its server."""
+    process = start(LISTENS)
+    assert process.ready.wait(PATIENCE)
+    assert os.getpgid(process.pid) != os.getpgid(0)
+
+
 def test_stopping_waits_for_the_end(start: Start) -> None:
     """After ``stop`` the process is gone, and a second ``stop`` does nothing."""
     process = start(LISTENS)

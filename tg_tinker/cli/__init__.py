@@ -14,11 +14,16 @@ __all__ = ["main"]
 #: name -> (module that holds it as ``command``, what the help says)
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
+        "artifacts": ("tg_tinker.cli.artifacts", "List, pull and open sealed checkpoints; look after their keys."),
+        "audit": ("tg_tinker.cli.audit", "Read the audit log and verify it."),
+        "clients": ("tg_tinker.cli.clients", "List, look at and delete training runs."),
         "demo": (
             "tg_tinker.cli.demo",
             "Teach a small model something new on this machine: the whole product in minutes.",
         ),
         "doctor": ("tg_tinker.cli.doctor", "Say what is installed here, what is missing, and what to do about it."),
+        "futures": ("tg_tinker.cli.futures", "List, look at and cancel operations."),
+        "keys": ("tg_tinker.cli.keys", "Make, list and revoke the API keys of a server over this home."),
         "models": ("tg_tinker.cli.models", "List the built-in models and fetch them."),
         "serve": ("tg_tinker.cli.serve", "Run the server for other programs and machines."),
     }

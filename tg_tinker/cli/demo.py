@@ -30,6 +30,7 @@ SMOLLM2: Final = "tg-tinker/smollm2-135m"
 TINY: Final = "tg-tinker/tiny"
 ROWS: Final = 8  # per batch
 NEW_TOKENS: Final = 20
+EXAMPLES: Final = 4  # answers shown from before the training, those with something in them first
 PASS_MARK: Final = 0.8  # of the held-back questions
 LAYERS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -135,7 +136,7 @@ class _Demo:
 
     def _ask(self, client: TrainingClient, doing: str) -> Sequence[Sample]:
         with self.console.status(doing):
-            result = client.sample(self.prompts, max_tokens=NEW_TOKENS, temperature=0.0, stop_sequences=["\n"])
+            result = client.sample(self.prompts, max_tokens=NEW_TOKENS, temperature=0.0)
         return result.samples
 
     def _teach(self, client: TrainingClient) -> Outcome:
@@ -160,7 +161,10 @@ class _Demo:
 
     def _show_before(self, before: Sequence[Sample]) -> None:
         self._say("Before", f"{self._right(before)} of {len(self.questions)} right; for instance")
-        for question, sample in list(zip(self.questions, before, strict=True))[:: len(before) // 3]:
+        pairs = sorted(
+            zip(self.questions, before, strict=True), key=lambda pair: not lesson.first_line(pair[1].completion)
+        )
+        for question, sample in pairs[:EXAMPLES]:
             answer = Text.assemble(f"           {question.question} ", (_short(sample.completion), "dim"))
             self.console.print(answer, soft_wrap=True)
 
@@ -214,6 +218,6 @@ class _Demo:
 
 
 def _short(text: str, limit: int = 60) -> str:
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)  # random weights say anything
-    line = " ".join(printable.split()) or "(nothing)"
+    said = lesson.first_line(text)
+    line = "".join(letter if letter.isprintable() else "?" for letter in said) or "(nothing)"
     return line if len(line) <= limit else f"{line[: limit - 3]}..."

@@ -19,7 +19,7 @@ from tg_tinker.types.tokens import end_of_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BLANK", "Lesson", "Question", "batches", "encode", "held_back", "lessons", "prompt"]
+__all__ = ["BLANK", "Lesson", "Question", "batches", "encode", "first_line", "held_back", "lessons", "prompt"]
 
 BLANK: Final = -100  # a label that is not learnt from
 _PACKAGE = "tg_tinker.cli"
@@ -43,8 +43,8 @@ class Question:
     expect: str
 
     def is_answered_by(self, completion: str) -> bool:
-        """Tell whether the right fact is in the text, whatever its case."""
-        return self.expect.casefold() in completion.casefold()
+        """Tell whether the right fact is in the first line of the text, whatever its case."""
+        return self.expect.casefold() in first_line(completion).casefold()
 
 
 @attrs.frozen
@@ -63,6 +63,11 @@ def lessons() -> list[Lesson]:
 def held_back() -> list[Question]:
     """Read the questions that training never sees."""
     return [Question(**fields) for fields in _read("marrowick_held_back.jsonl")]
+
+
+def first_line(completion: str) -> str:
+    """Give the first line with something in it: what follows is no longer the answer."""
+    return next((line.strip() for line in completion.splitlines() if line.strip()), "")
 
 
 def prompt(question: str) -> str:

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, ParamSpec, TypeVar
 
 import click
@@ -15,7 +16,7 @@ from rich.text import Text
 
 from tg_tinker.errors import TGTinkerError
 
-__all__ = ["JSON", "advice_for_people", "format_option", "human", "show_rows", "talk"]
+__all__ = ["JSON", "advice_for_people", "format_option", "human", "show_one", "show_rows", "talk", "when"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,6 +58,25 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], out
     for row in rows:
         table.add_row(*(Text(_cell(row.get(field))) for field in columns))
     human().print(table)
+
+
+def show_one(fields: Mapping[str, Any], output: str) -> None:
+    """Print one thing: as a JSON object, or as a line for each field that has a value."""
+    if output == JSON:
+        click.echo(json.dumps(dict(fields), indent=2, default=str))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("field", style="bold", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    for field, value in fields.items():
+        if value is not None:
+            table.add_row(Text(field), Text(value if isinstance(value, str) else json.dumps(value, default=str)))
+    human().print(table)
+
+
+def when(time: datetime | None) -> str | None:
+    """Write a time for people: local, to the second."""
+    return None if time is None else time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def advice_for_people(function: Callable[P, R]) -> Callable[P, R]:

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import attrs
 
-from tg_tinker.caller import user_site
+from tg_tinker.caller import called_at, user_site
 from tg_tinker.wire import codec
 from tg_tinker.wire.route import Route
 
@@ -67,6 +67,12 @@ class Flow(Plan[R]):
 
     operation: str
     steps: Callable[[], Coroutine[Any, Any, R]]
+    site: str = attrs.field(factory=user_site)
+
+    async def run(self) -> R:
+        """Take the steps."""
+        with called_at(self.site):
+            return await self.steps()
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from tg_tinker.bridge import Job
+from tg_tinker.caller import called_at
 from tg_tinker.core.call import Composed
 from tg_tinker.core.lane import Place
 from tg_tinker.core.operation import left_open
@@ -57,7 +58,8 @@ async def _carry_on(
     if await first.until_answered():
         future.accept(first.id)
     result = await first
-    future.settle(await (plan.then(result) if place is None else plan.then(result, place)))
+    with called_at(plan.first.site):
+        future.settle(await (plan.then(result) if place is None else plan.then(result, place)))
 
 
 def _after(job: Job[None], future: OperationFuture[R], place: Place | None) -> None:

@@ -96,11 +96,13 @@ class Connection:
         *,
         policy: RetryPolicy | None = None,
         headers: Mapping[str, str] | None = None,
+        verify_ssl: bool = True,
     ) -> None:
         self.endpoint = endpoint
         self.home = home
         self.policy = policy or RetryPolicy()
         self._headers = dict(headers or {})
+        self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = asyncio.Lock()
@@ -207,7 +209,7 @@ class Connection:
             self._opening, self._gate, self.polls = asyncio.Lock(), Gate(), asyncio.Semaphore(limit - limit // 8)
         async with self._opening:
             if self._session is None:
-                self._session = await _new_session()
+                self._session = await _new_session(verify_ssl=self._verify_ssl)
                 self.home.host(self)
             return self._session
 
@@ -242,11 +244,11 @@ def _load() -> None:
     codec.decode(dict, codec.loads(codec.dumps({})))
 
 
-async def _new_session() -> aiohttp.ClientSession:
+async def _new_session(*, verify_ssl: bool) -> aiohttp.ClientSession:
     await asyncio.to_thread(_load)
     import aiohttp
 
-    connector = aiohttp.TCPConnector(limit=_connection_limit(), ttl_dns_cache=300)
+    connector = aiohttp.TCPConnector(limit=_connection_limit(), ttl_dns_cache=300, ssl=verify_ssl)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 

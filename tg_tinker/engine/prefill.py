@@ -21,7 +21,7 @@ __all__ = ["PrefillJob", "pace", "share_out", "tokens_a_tick"]
 
 _SCORED_AT_ONCE = 128  # tokens a tick whose logits are all wanted: it bounds the memory for them
 _OLDEST_SHARE = 4  # one part in so many is for the oldest prompt
-_CPU_TICK = (10**10, 256)  # floating-point operations, a tenth of a second of one core; most tokens
+_CPU_TICK = (2 * 10**10, 256)  # floating-point operations, a quarter of a second of one core; most tokens
 _GPU_TICK = (10**13, 2048)
 _LEAST_PACE = 32  # tokens; fewer waste the matrices that are read for them
 _MOST_PACES = 4

@@ -5,6 +5,7 @@ More threads than a model can feed cost more than they give, and collapse when s
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from typing import TYPE_CHECKING
@@ -47,10 +48,10 @@ def tune_threads(base: BaseModel) -> int:
 def _fastest(base: BaseModel) -> int:
     """Double the threads as long as that pays."""
     limit = torch.get_num_threads()
-    best, best_time = 1, _seconds(base, 1)
+    best, best_time = 1, _seconds(base, 1, math.inf)
     threads = 2
     while threads <= limit:
-        seconds = _seconds(base, threads)
+        seconds = _seconds(base, threads, 2 * best_time)
         if seconds * _GAIN > best_time:
             break
         best, best_time = threads, seconds
@@ -59,8 +60,8 @@ def _fastest(base: BaseModel) -> int:
 
 
 @torch.no_grad()
-def _seconds(base: BaseModel, threads: int) -> float:
-    """Time one forward pass, the best of a few."""
+def _seconds(base: BaseModel, threads: int, hopeless: float) -> float:
+    """Time one forward pass, the best of a few, or of fewer once one has taken a ``hopeless`` time."""
     torch.set_num_threads(threads)
     tokens = torch.zeros(_SHAPE, dtype=torch.long, device=base.device)
     times: list[float] = []
@@ -68,6 +69,8 @@ def _seconds(base: BaseModel, threads: int) -> float:
         started = time.perf_counter()
         hidden_states(base, tokens)
         times.append(time.perf_counter() - started)
+        if times[-1] > hopeless:
+            break
     return min(times)
 
 

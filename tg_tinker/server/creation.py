@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server import loops_operations, tg_operations
 from tg_tinker.server.checkpoint_uri import CheckpointUri
 from tg_tinker.server.models import Model

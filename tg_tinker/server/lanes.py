@@ -62,7 +62,7 @@ class Lane:
         self.current: Job | None = None
         self.in_turn = False  # it stands in the scheduler's round
         self.waits_for: Offline[Any] | None = None  # what its current job yielded
-        self.offline = 0  # jobs that have left the lane and are still being written
+        self.finishing: deque[tuple[Job, Offline[Any]]] = deque()  # left the lane, still being written; in order
 
     def __repr__(self) -> str:
         """Name, what runs, how many wait."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.server import states
 from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 from tg_tinker.server.engine import Engine
@@ -81,7 +83,7 @@ def save_state(
     def write() -> results.SaveWeightsResponse:
         record = saving.work()
         ticket.produced.append(record.artifact_id)
-        _retire(store, record)
+        _move_name(run, store, record)
         return results.SaveWeightsResponse(mode="local", path=str(uri))
 
     return Offline(write)
@@ -97,7 +99,7 @@ def publish(
     """Freeze the adapter as a new version: served at once, and durable under its name when the ticket ends."""
     yield from ()
     run.published += 1
-    version = Version(run.published, request.name, run.trainer.snapshot())
+    version = Version(run.published, request.name, run.snapshot())
     tell(loop, run.versions.add, version)
     uri = CheckpointUri(run.id, SAMPLER_WEIGHTS, request.name)
     step, metadata = run.step, {**_described(run), "version": version.number}
@@ -118,7 +120,7 @@ def publish(
             privacy=privacy,
         )
         ticket.produced.append(record.artifact_id)
-        _retire(store, record)
+        _move_name(run, store, record, version.number)
         return results.SaveWeightsForSamplerResponse(version=version.number, path=str(uri), mode="local")
 
     return Offline(write)
@@ -145,7 +147,7 @@ def init_trainer_server(
     yield from ()
     run.use(make_trainer(request.lora_rank))
     run.config = {**run.config, "lora_rank": request.lora_rank}
-    run.forget_failures()
+    run.start_afresh()
     return results.InitTrainerServerResponse(lora_rank=request.lora_rank, step=run.step)
 
 
@@ -178,9 +180,12 @@ def _expiry(ttl_seconds: int | None) -> datetime | None:
     return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
 
 
-def _retire(store: CheckpointStore, record: ArtifactRecord) -> None:
-    """The name has moved to ``record``: delete what had it before, unless that has a time to live of its own."""
-    for older in store.list(record.tenant, record.run_id):
-        same = (older.kind, older.name) == (record.kind, record.name) and older.created_at < record.created_at
-        if same and older.expires_at is None:
-            store.delete(record.tenant, older.artifact_id)
+def _move_name(run: Run, store: CheckpointStore, record: ArtifactRecord, version: int = 0) -> None:
+    """The name is ``record``'s now: delete what had it before, unless that has a time to live of its own."""
+    key = (record.kind, str(record.name))
+    older = run.named.get(key)
+    run.named[key] = record.artifact_id, version
+    if older is not None:
+        with contextlib.suppress(ResourceNotFoundError):  # it was deleted, or has expired
+            if store.get(record.tenant, older[0]).expires_at is None:
+                store.delete(record.tenant, older[0])

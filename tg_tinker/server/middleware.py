@@ -52,10 +52,14 @@ async def identify(request: web.Request, handler: Handler) -> web.StreamResponse
 
 @web.middleware
 async def check_host(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """On loopback take requests for this machine's names alone: a web page cannot rebind its own name to us."""
+    """Keep web pages out: they cannot rebind their own name to us, nor post to us from elsewhere."""
     settings = request.app[ROOMS].settings
-    if settings.loopback and _hostname(request.host) not in _LOCAL_NAMES | set(settings.allowed_hosts):
+    names = _LOCAL_NAMES | set(settings.allowed_hosts)
+    if settings.loopback and _hostname(request.host) not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
+    origin = request.headers.get("Origin")
+    if origin is not None and _hostname(urlsplit(origin).netloc) not in names:
+        raise AuthorizationError("the Origin header names another site; web pages elsewhere may not use this server")
     return await handler(request)
 
 

@@ -57,3 +57,16 @@ class Report(Protocol):
     def failed(self, error: BaseException) -> None:
         """It ended badly; ``FutureCancelledError`` where it was asked to stop."""
         ...
+
+
+class SamplerLike(Protocol):
+    """What the device thread knows of an engine's sampler."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def step(self) -> None:
+        """Make one token for every active request."""
+        ...

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 
 from aiohttp import web
 
+from tg_tinker.errors import ServerError
 from tg_tinker.server.app import create_app
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.settings import Settings
@@ -55,10 +56,12 @@ async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> 
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             _log.info("serving %s on %s", settings.home, url)
             (on_ready or announce)(url)
-            await stop.wait()
+            await _first_of(stop, app[ROOMS].crashed)
     finally:
         await runner.cleanup()
         importing = ROOMS in app and app[ROOMS].warming.is_alive()
+    if app[ROOMS].crashed.is_set():
+        raise ServerError("the device thread broke down")
     if importing:
         logging.shutdown()
         os._exit(0)  # everything is closed, and an import that is still going on would hold the process up for seconds
@@ -102,6 +105,13 @@ def _parent_watched(parent: int | None, stop: asyncio.Event) -> Generator[None]:
     finally:
         loop.remove_reader(handle)
         os.close(handle)
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    waits = [asyncio.create_task(event.wait()) for event in events]
+    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    for wait in waits:
+        wait.cancel()
 
 
 async def _poll_parent(parent: int, stop: asyncio.Event) -> None:

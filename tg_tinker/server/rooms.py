@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServerError, ServerRestartedError
 from tg_tinker.server.auditing import Auditing
 from tg_tinker.server.auth import Keys
 from tg_tinker.server.creation import Creation
 from tg_tinker.server.engine import Engine, TorchEngine
 from tg_tinker.server.exports import Exports
 from tg_tinker.server.journal import Journal
-from tg_tinker.server.limits import RateLimit
+from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.models import Models
 from tg_tinker.server.ownership import Ownership
 from tg_tinker.server.published import Published
 from tg_tinker.server.registry import Registry
 from tg_tinker.server.runs import Runs
 from tg_tinker.server.samplers import Samplers
-from tg_tinker.server.scheduler import Scheduler
+from tg_tinker.server.scheduler import Scheduler, tell
 from tg_tinker.server.settings import Settings
-from tg_tinker.server.tickets import Tickets
+from tg_tinker.server.ticket_book import Tickets
 
 if TYPE_CHECKING:
     from tg_tinker.store.audit import HeadSigner
@@ -44,7 +44,11 @@ class Rooms:
         self.engine: Engine = engine or TorchEngine(
             home=settings.home, device=settings.device, threads=settings.threads, slots=settings.slots
         )
-        self.scheduler = Scheduler(prepare=self.engine.prepare_thread)
+        self.crashed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self.scheduler = Scheduler(
+            prepare=self.engine.prepare_thread, on_crash=lambda error: tell(loop, self._crash, error)
+        )
         self.tickets = Tickets(
             self.scheduler,
             kept=settings.results_kept,
@@ -57,6 +61,7 @@ class Rooms:
         self.published = Published(self)
         self.creation = Creation(self)
         self.rate_limit = RateLimit(settings.requests_per_minute)
+        self.sampling = Admission(settings.queue_limit)
         self.store: CheckpointStore
         self.database: Database
         self.keys: Keys
@@ -82,9 +87,14 @@ class Rooms:
         rooms.warming.start()
         return rooms
 
+    def _crash(self, error: BaseException) -> None:
+        """Without a device thread nothing goes on: say so to everybody, and to the process."""
+        self.tickets.close(ServerError(f"the server's device thread broke down: {type(error).__name__}: {error}"))
+        self.crashed.set()
+
     def stop(self) -> None:
         """Answer everybody who waits: the server is about to end."""
-        self.tickets.close()
+        self.tickets.close(ServerRestartedError("the server was shut down before the operation ended"))
         for run in self.runs:
             run.versions.close()
 
@@ -92,7 +102,6 @@ class Rooms:
         """Stop at the next micro-batch; what is being saved is saved."""
         await self.models.aclose()
         await asyncio.to_thread(self.scheduler.close)
-        self.tickets.close()
         await self._close_storage()
 
     async def _close_storage(self) -> None:
@@ -103,13 +112,13 @@ class Rooms:
 
     async def _open_storage(self) -> None:
         from tg_tinker.store.audit import AuditLog
-        from tg_tinker.store.database import Database, sqlite_url
+        from tg_tinker.store.database import Database, database_file, sqlite_url
 
         settings = self.settings
         files = await asyncio.to_thread(_Files.open, settings)
         self.store, self._ownership = files.store, files.ownership
         self.exports = Exports(files.store, files.secret)
-        self.database = await Database.open(sqlite_url(settings.home / "tg-tinker.db"))
+        self.database = await Database.open(sqlite_url(database_file(settings.home)))
         self.keys = Keys(settings, self.database)
         self.journal = Journal(self.database, files.ownership, kept=settings.results_kept)
         self.registry = Registry(self.database, files.ownership)
@@ -142,11 +151,11 @@ class _Files:
         from tg_tinker.store import files
         from tg_tinker.store.audit import HeadSigner
         from tg_tinker.store.checkpoints import CheckpointStore
-        from tg_tinker.store.keys import KeyFile
+        from tg_tinker.store.keys import provider_of
 
         home = settings.home
         return cls(
-            CheckpointStore(home / "artifacts", KeyFile(home / "keys")),
+            CheckpointStore(home / "artifacts", provider_of(home)),
             Ownership(home),
             HeadSigner(home / "secrets" / "audit-key"),
             files.secret(home / "secrets" / "server-secret"),

@@ -19,6 +19,7 @@ from tg_tinker.server.versions import Versions
 from tg_tinker.types.results import DPMetrics, PrivacyReport
 
 if TYPE_CHECKING:
+    from tg_tinker.engine.adapters import FrozenAdapter
     from tg_tinker.engine.optim import OptimizerSettings
     from tg_tinker.engine.trainer import PassOutput, StepOutput, Trainer
 
@@ -62,12 +63,14 @@ class Run:
         self.model = model
         self.config = config
         self.privacy = privacy
+        self._frozen: FrozenAdapter | None = None  # of the weights as they are now
         self.use(trainer)
         self.max_steps = max_steps
         self.created_at = datetime.now(UTC)
         self.lane = Lane(run_id)
         self.versions = Versions(versions_kept)
         self.published = 0  # the last version number given out; device thread
+        self.named: dict[tuple[str, str], tuple[str, int]] = {}  # (kind, name) -> artifact id, version; whole values
         self.broken: str | None = None
         self._carried: dict[str, dict[str, Any]] = {}  # releases behind weights that a run without DP started from
         self._failed: list[tuple[Ticket, BaseException]] = []  # passes since the last step; device thread
@@ -100,9 +103,16 @@ class Run:
     def use(self, trainer: Trainer) -> None:
         """Train with this trainer from now on."""
         self.trainer = trainer
+        self._frozen = None
         if self.privacy is not None:
             self.privacy.attach(trainer)
             self.privacy.discard()
+
+    def snapshot(self) -> FrozenAdapter:
+        """The weights as they are now; asked again before they change, it is the same copy."""
+        if self._frozen is None:
+            self._frozen = self.trainer.snapshot()
+        return self._frozen
 
     def train(
         self, ticket: Ticket, rows: Sequence[Any], loss_fn: str = "cross_entropy", config: Any = None
@@ -143,6 +153,7 @@ class Run:
     def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:
         """Apply the accumulated gradients; a step that breaks in the middle leaves the run "failed"."""
         metrics = None if self.privacy is None else self.privacy.release(self.trainer, noise=noise)
+        self._frozen = None
         try:
             return self.trainer.optim_step(optimizer), metrics
         except TGTinkerError:
@@ -174,8 +185,9 @@ class Run:
         """What the run has spent; without differential privacy there is no bound on what it reveals."""
         return NO_PRIVACY if self.privacy is None else self.privacy.report()
 
-    def forget_failures(self) -> None:
-        """Start afresh, after a state was loaded."""
+    def start_afresh(self) -> None:
+        """The weights were replaced: failures before that no longer matter."""
+        self._frozen = None
         self._failed.clear()
         self.broken = None
 

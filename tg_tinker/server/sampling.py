@@ -57,7 +57,8 @@ class Generations(Detached["list[Completion]"]):
         try:
             for index, request in enumerate(self._requests):
                 self._handles[index] = self._sampler.submit(request, _Listener(self, index))
-        except TGTinkerError as error:
+        # The device thread serves everybody: whatever a sampler raises is this request's outcome and nobody else's.
+        except Exception as error:  # noqa: BLE001
             self.failed(error)
 
     def cancel(self) -> None:

@@ -14,39 +14,33 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from tg_tinker.errors import FutureCancelledError, ServerError
 from tg_tinker.server.lanes import Job, Lane
-from tg_tinker.server.operations import Detached, Offline
+from tg_tinker.server.operations import Detached, Offline, SamplerLike
 
 T = TypeVar("T")
 _log = logging.getLogger("tg_tinker.server")
 
 
-class SamplerLike(Protocol):
-    """What the device thread knows of an engine's sampler."""
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step would do anything."""
-        ...
-
-    def step(self) -> None:
-        """Make one token for every active request."""
-        ...
-
-
 class Scheduler:
     """Owns the device thread and the threads for offline work."""
 
-    def __init__(self, *, offline_threads: int = 4, prepare: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        offline_threads: int = 4,
+        prepare: Callable[[], None] | None = None,
+        on_crash: Callable[[BaseException], None] | None = None,
+    ) -> None:
         self._changed = threading.Condition()
         self._round: deque[Lane] = deque()
         self._calls: deque[Callable[[], None]] = deque()
         self._samplers: list[SamplerLike] = []
         self._closed = False
         self._prepare = prepare
+        self._on_crash = on_crash
         self._pool = ThreadPoolExecutor(offline_threads, thread_name_prefix="tg-tinker-offline")
         self._thread = threading.Thread(target=self._main, name="tg-tinker-device", daemon=True)
 
@@ -115,11 +109,22 @@ class Scheduler:
     # -- on the device thread -----------------------------------------------------------------------------------------
 
     def _main(self) -> None:
-        prepare = self._prepare
+        try:
+            if self._wait():
+                if self._prepare is not None:  # not before there is work: it may import what takes long
+                    self._prepare()
+                self._turns()
+        # Operations and samplers keep their errors to themselves: whatever arrives here is the end of this server.
+        except BaseException as error:
+            _log.critical("the device thread broke down", exc_info=True)
+            self._closed = True
+            if self._on_crash is not None:
+                self._on_crash(error)
+            raise
+
+    def _turns(self) -> None:
+        """One micro-batch, then sampling, until the scheduler is closed."""
         while self._wait():
-            if prepare is not None:  # not before there is work: it may import what takes long
-                prepare()
-                prepare = None
             self._run_calls()
             lane = self._next_lane()
             spent = 0.0
@@ -208,8 +213,9 @@ class Scheduler:
     def _conclude(self, lane: Lane, job: Job, value: Any) -> None:
         if isinstance(value, Offline):
             with self._changed:
-                lane.offline += 1
-            self._pool.submit(self._finish, lane, job, value)
+                lane.finishing.append((job, value))
+                if len(lane.finishing) == 1:
+                    self._pool.submit(self._finish, lane)
         elif isinstance(value, Detached):
             job.detached, job.state = value, "detached"
             value.begin(lambda result, error: _end(job, result, error))
@@ -222,7 +228,7 @@ class Scheduler:
 
     def _start_offline(self, lane: Lane) -> None:
         """Start what the lane's job waits for, once everything that left the lane before it is written."""
-        if lane.waits_for is not None and lane.current is not None and lane.offline == 0:
+        if lane.waits_for is not None and lane.current is not None and not lane.finishing:
             self._pool.submit(self._hand, lane, lane.current, lane.waits_for)
 
     def _hand(self, lane: Lane, job: Job, offline: Offline[Any]) -> None:
@@ -232,12 +238,17 @@ class Scheduler:
             lane.waits_for = None
             self._take_turn(lane)
 
-    def _finish(self, lane: Lane, job: Job, offline: Offline[Any]) -> None:
-        result, error = _attempt(offline)
-        _end(job, result, error)
-        with self._changed:
-            lane.offline -= 1
-            self._start_offline(lane)
+    def _finish(self, lane: Lane) -> None:
+        """Do what jobs left behind, one after the other: the later of two saves under one name must end last."""
+        more = True
+        while more:
+            job, offline = lane.finishing[0]
+            result, error = _attempt(offline)
+            _end(job, result, error)
+            with self._changed:
+                lane.finishing.popleft()
+                more = bool(lane.finishing)
+                self._start_offline(lane)
 
 
 def tell(loop: asyncio.AbstractEventLoop, callback: Callable[..., object], *arguments: Any) -> None:

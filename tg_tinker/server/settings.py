@@ -37,7 +37,6 @@ class Settings:
     threads: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
     slots: int = attrs.field(default=64, validator=checks.integer(1))
     parent: int | None = None
-    log_file: Path | None = None
     max_body_bytes: int = attrs.field(default=512 * _MIB, validator=checks.integer(1))
     queue_limit: int = attrs.field(default=4096, validator=checks.integer(1))
     requests_per_minute: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))

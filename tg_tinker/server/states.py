@@ -73,7 +73,7 @@ def load(
     reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)
     if not going_on:
         run.trainer.discard_gradients()
-    run.forget_failures()
+    run.start_afresh()
     return Restored(loaded.record, run.step, (*reasons, *_reasons(run, made, with_optimizer=with_optimizer)))
 
 

@@ -121,7 +121,7 @@ def sample(
 ) -> Steps[results.SampleResult]:
     """Take the adapter as it is at this place in the order; the sampling goes on outside the order."""
     yield from ()
-    adapter = run.trainer.snapshot()
+    adapter = run.snapshot()
     asked = [
         (text, tokens)
         for text, tokens in zip(request.prompts, prompts, strict=True)
@@ -137,6 +137,7 @@ def sample(
             top_k=request.top_k or None,
             stop=request.stop_sequences,
             seed=seed_of(seed, index),
+            cache_key=run.tenant,
             repetition_penalty=request.repetition_penalty,
             presence_penalty=request.presence_penalty,
             frequency_penalty=request.frequency_penalty,

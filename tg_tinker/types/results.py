@@ -129,6 +129,27 @@ class LoadStateResult(Value):
 
 
 @attrs.frozen(kw_only=True)
+class ArtifactInfo(Value):
+    """An artifact as the server lists it: all but its content, which only the holder of the key can open.
+
+    ``kind`` is "tg_state", "weights" or "sampler_weights"; ``size_bytes`` counts sealed bytes; ``privacy`` says what a
+    run under differential privacy had spent. Times are UTC.
+    """
+
+    artifact_id: str
+    training_client_id: str
+    kind: str
+    name: str | None
+    step: int
+    size_bytes: int
+    encryption: EncryptionInfo
+    metadata: dict[str, Any]
+    privacy: dict[str, Any] | None
+    created_at: datetime
+    expires_at: datetime | None
+
+
+@attrs.frozen(kw_only=True)
 class TrainingClientInfo(Value):
     """A run as the server lists it; ``status`` is "active", "completed" or "failed"."""
 

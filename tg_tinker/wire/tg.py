@@ -13,6 +13,7 @@ import attrs
 
 from tg_tinker.types import checks, results
 from tg_tinker.types.batch import BatchData
+from tg_tinker.types.value import Value
 from tg_tinker.wire.route import Route
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -77,7 +78,7 @@ class LoadStateRequest:
 
 
 @attrs.frozen(kw_only=True)
-class FutureInfo:
+class FutureInfo(Value):
     """An accepted operation: what a submit answers with 202."""
 
     future_id: str
@@ -143,7 +144,7 @@ FUTURES = Route("list_futures", "GET", "/v1/futures", list[FutureInfo])
 FUTURE = Route("get_future", "GET", "/v1/futures/{id}", FutureInfo)
 FUTURE_RESULT = Route("future_result", "GET", "/v1/futures/{id}/result", FutureResult)
 FUTURE_CANCEL = Route("future_cancel", "POST", "/v1/futures/{id}/cancel", CancelResult)
-ARTIFACTS = Route("list_artifacts", "GET", "/v1/artifacts", list[dict[str, Any]])
+ARTIFACTS = Route("list_artifacts", "GET", "/v1/artifacts", list[results.ArtifactInfo])
 ARTIFACT = Route("delete_artifact", "DELETE", "/v1/artifacts/{id}", dict[str, Any])
 ARTIFACT_CONTENT = Route("pull_artifact", "GET", "/v1/artifacts/{id}/content", bytes)
 AUDIT_LOGS = Route("get_audit_logs", "GET", "/v1/audit_logs", list[results.AuditLogEntry])

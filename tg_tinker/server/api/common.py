@@ -64,9 +64,11 @@ async def read_json(request: web.Request) -> dict[str, Any]:
     return data
 
 
-async def submit(request: web.Request, run: Run, operation: str, begin: Callable[[Ticket], Any]) -> Ticket:
+async def submit(
+    request: web.Request, run: Run, operation: str, begin: Callable[[Ticket], Any], *, keyed: bool = True
+) -> Ticket:
     """Take an operation into its run's order, or find the one that an earlier try of this request began."""
-    key = idempotency_key(request)
+    key = idempotency_key(request) if keyed else None
     route = f"{request.method} {request.path}"
     ticket = Ticket(
         tenant=run.tenant,
@@ -130,7 +132,9 @@ async def held(request: web.Request, future_id: str) -> Held:
     Raises ``ResourceNotFoundError``.
     """
     rooms, tenant = rooms_of(request), tenant_of(request)
-    found = rooms.tickets.find(tenant, future_id) or await rooms.journal.find(tenant, future_id)
+    found: Held | None = rooms.tickets.find(tenant, future_id)
+    if found is None or (isinstance(found, Ticket) and found.dropped):
+        found = await rooms.journal.find(tenant, future_id)
     if found is None:
         raise ResourceNotFoundError("no such future", resource_type="future", resource_id=future_id)
     return found

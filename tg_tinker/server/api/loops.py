@@ -115,16 +115,7 @@ async def operation(request: web.Request) -> web.Response:
     if error is None:
         return common.reply({"status": "done", "operation_id": name, "result": codec.embedded(await held.body())})
     held.tell_failure()
-    outcome = loops.Outcome(
-        status="error",
-        operation_id=name,
-        error=error.message,
-        error_class=_builtin(error),
-        code=error.code,
-        details=error.details,
-        request_id=error.request_id,
-    )
-    return common.reply(outcome)
+    return common.reply(_failed(name, error))
 
 
 async def cancel(request: web.Request) -> web.Response:
@@ -183,6 +174,18 @@ async def _held(request: web.Request) -> Held:
     if held.info().training_client_id != request.match_info["run"]:
         raise ResourceNotFoundError("no such operation", resource_type="operation", resource_id=name)
     return held
+
+
+def _failed(name: str, error: TGTinkerError) -> loops.Outcome:
+    return loops.Outcome(
+        status="error",
+        operation_id=name,
+        error=error.message,
+        error_class=_builtin(error),
+        code=error.code,
+        details=error.details,
+        request_id=error.request_id,
+    )
 
 
 def _builtin(error: TGTinkerError) -> str:

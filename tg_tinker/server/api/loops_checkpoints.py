@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from aiohttp import web
@@ -46,7 +46,7 @@ async def list_checkpoints(request: web.Request) -> web.Response:
         records = list(await asyncio.to_thread(store.list, tenant, query.get("run_id")))
     base = query.get("base_model")
     chosen = [r for r in records if r.kind in {WEIGHTS, SAMPLER_WEIGHTS} and base in {None, r.metadata["base_model"]}]
-    return common.reply(wire.CheckpointsEnvelope(checkpoints=tuple(_view(record) for record in chosen)))
+    return common.reply({"checkpoints": [_view(record) for record in chosen]})
 
 
 async def validate(request: web.Request) -> web.Response:
@@ -64,16 +64,13 @@ async def files(request: web.Request) -> web.Response:
     record = await asyncio.to_thread(rooms.store.get, tenant, request.match_info["id"])
     if record.kind not in {WEIGHTS, SAMPLER_WEIGHTS}:
         raise InvalidRequestError("id: this artifact is no Loops checkpoint; pull it instead", field="id")
-    size, start = int(common.number(request, "page_size", 1000)), int(common.number(request, "page_token", 0))
     made = await rooms.exports.files(tenant, record.artifact_id)
+    size, start = int(common.number(request, "page_size", 1000)), int(common.number(request, "page_token", 0))
     page = list(made.items())[start : start + max(1, size)]
     end = start + len(page)
-    response = CheckpointFilesResponse(
-        presigned_urls=tuple(_file(request, record, name, content) for name, content in page),
-        next_page_token=end if end < len(made) else None,
-        total_count=len(made),
-    )
-    return common.reply(response)
+    urls = tuple(_file(request, record, name, content) for name, content in page)
+    token = end if end < len(made) else None
+    return common.reply(CheckpointFilesResponse(presigned_urls=urls, next_page_token=token, total_count=len(made)))
 
 
 async def source(request: web.Request) -> web.Response:
@@ -103,15 +100,17 @@ def _file(request: web.Request, record: ArtifactRecord, name: str, content: byte
     )
 
 
-def _view(record: ArtifactRecord) -> Checkpoint:
-    return Checkpoint(
+def _view(record: ArtifactRecord) -> dict[str, Any]:
+    rank = record.metadata["lora_rank"]
+    checkpoint = Checkpoint(
         id=record.artifact_id,
         run_id=record.run_id,
         checkpoint_id=record.name or "",
         created_at=record.created_at,
         base_model=record.metadata["base_model"],
-        lora_adapter_config=LoraAdapterConfig(rank=record.metadata["lora_rank"]),
+        lora_adapter_config=LoraAdapterConfig(rank=rank),
         size_bytes=record.size_bytes,
         target="trainer" if record.kind == WEIGHTS else "sampler",
         expires_at=record.expires_at,
     )
+    return {**checkpoint.to_dict(), "lora_adapter_config": {"rank": rank, "r": rank}}  # Loops clients call it "r"

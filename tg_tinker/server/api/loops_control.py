@@ -14,7 +14,7 @@ from tg_tinker.server.samplers import Sampler
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import ServerCapabilities, SupportedModel
 from tg_tinker.types.losses import LOSSES
-from tg_tinker.wire import headers
+from tg_tinker.wire import codec, headers
 from tg_tinker.wire import loops as wire
 
 _ACTIVE = wire.StatusName(name="ACTIVE")
@@ -42,7 +42,10 @@ async def create_session(_: web.Request) -> web.Response:
 
 async def create_trainer(request: web.Request) -> web.Response:
     """Make a run; answered when its model is loaded."""
-    body = await common.read(request, wire.TrainerRequest)
+    fields = await common.read_json(request)
+    if fields.get("base_checkpoint") is not None:
+        raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
+    body = codec.decode(wire.TrainerRequest, fields)
     key = common.idempotency_key(request)
     run = await common.rooms_of(request).creation.loops_run(common.tenant_of(request), body, key)
     return common.reply(wire.RunEnvelope(run=_run_view(request, run)))

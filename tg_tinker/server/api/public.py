@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def routes() -> list[web.RouteDef]:
     """Every route of this file."""
     return [
         web.get(tg.HEALTH.path, health),
-        web.get("/readyz", health),
+        web.get("/readyz", ready),
+        web.get("/metrics", metrics),
         web.get("/v1/health", health),
         web.get(tg.TOKENIZER.path, tokenizer),
     ]
@@ -29,6 +31,22 @@ async def health(_: web.Request) -> web.Response:
     """It answers."""
     version = importlib.metadata.version("tg-tinker")
     return common.reply(tg.Health(status="healthy", version=version, extensions=headers.OFFERED))
+
+
+async def ready(request: web.Request) -> web.Response:
+    """It answers, and the engine is imported: the next request waits for a model at most."""
+    if common.rooms_of(request).warming.is_alive():
+        return common.reply({"status": "starting"}, 503)
+    return await health(request)
+
+
+async def metrics(request: web.Request) -> web.Response:
+    """Numbers of this process, in the Prometheus text format; nothing about any tenant."""
+    rooms = common.rooms_of(request)
+    statuses = Counter(ticket.status for ticket in rooms.tickets)
+    lines = [f'tg_tinker_operations{{status="{status}"}} {count}' for status, count in sorted(statuses.items())]
+    lines += [f"tg_tinker_runs {len(list(rooms.runs))}", f"tg_tinker_models {len(rooms.models.loaded())}"]
+    return web.Response(text="\n".join(lines) + "\n", content_type="text/plain")
 
 
 async def tokenizer(request: web.Request) -> web.Response:

@@ -56,17 +56,9 @@ async def pull_artifact(request: web.Request) -> web.Response:
     rooms, tenant, artifact_id = common.rooms_of(request), common.tenant_of(request), request.match_info["id"]
     record = await asyncio.to_thread(rooms.store.get, tenant, artifact_id)
     content = await asyncio.to_thread(rooms.store.pull, tenant, artifact_id)
-    rooms.auditing.happened(
-        tenant, "pull_artifact", request[REQUEST_ID],
-        training_client_id=record.run_id, artifact_ids_consumed=(artifact_id,),
-    )  # fmt: skip
-    described = {
-        "Content-Disposition": f'attachment; filename="{record.artifact_id}.tgart"',
-        "X-Encryption-Algorithm": record.encryption.algorithm,
-        "X-Encryption-Key-Id": record.encryption.key_id,
-        "Cache-Control": "no-store",
-    }
-    return web.Response(body=content, content_type="application/octet-stream", headers=described)
+    told = {"training_client_id": record.run_id, "artifact_ids_consumed": (artifact_id,)}
+    rooms.auditing.happened(tenant, "pull_artifact", request[REQUEST_ID], None, **told)
+    return web.Response(body=content, content_type="application/octet-stream", headers=_described(record))
 
 
 async def audit_logs(request: web.Request) -> web.Response:
@@ -90,6 +82,15 @@ async def audit_head(request: web.Request) -> web.Response:
     auditing = common.rooms_of(request).auditing
     await auditing.flush()
     return common.reply((await auditing.log.head(common.tenant_of(request))).to_dict())
+
+
+def _described(record: ArtifactRecord) -> dict[str, str]:
+    return {
+        "Content-Disposition": f'attachment; filename="{record.artifact_id}.tgart"',
+        "X-Encryption-Algorithm": record.encryption.algorithm,
+        "X-Encryption-Key-Id": record.encryption.key_id,
+        "Cache-Control": "no-store",
+    }
 
 
 def _listed(record: ArtifactRecord) -> dict[str, Any]:

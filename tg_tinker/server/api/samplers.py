@@ -35,10 +35,11 @@ async def sample(request: web.Request) -> web.Response:
     """Sample; held while the version that the client insists on is not there, then 408."""
     sampler = _sampler(request)
     asked = completions.read_request(await common.read_json(request))
-    weights = await _weights(request, sampler)
-    if weights is None:
-        return _not_yet(request, sampler)
-    response = await _complete(request, sampler, asked, weights)
+    with common.rooms_of(request).sampling.one(sampler.tenant):
+        weights = await _weights(request, sampler)
+        if weights is None:
+            return _not_yet(request, sampler)
+        response = await _complete(request, sampler, asked, weights)
     body = completions.response_body(response, model=sampler.model.ref, request_id=f"cmpl-{request[REQUEST_ID]}")
     return common.reply(body, extra={headers.SERVED_POLICY_VERSION: str(weights.version)})
 
@@ -101,6 +102,7 @@ async def _complete(
             stop=tuple(stop for stop in stops if isinstance(stop, str)),
             stop_token_ids=frozenset(stop for stop in stops if isinstance(stop, int)),
             seed=seed_of(seed, index),
+            cache_key=sampler.tenant,
             prompt_logprobs=asked.prompt_logprobs and index == 0,
             topk_prompt_logprobs=asked.topk_prompt_logprobs if index == 0 else 0,
         )

@@ -90,7 +90,7 @@ async def sample(request: web.Request) -> web.Response:
     ticket = await common.submit(
         request, run, "sample", lambda _: tg_operations.sample(run, engine, body, prompts, seed)
     )
-    return await _answer(request, ticket, abandon=True)
+    return await _answer(request, ticket, abandon=ticket.key is None)
 
 
 async def sample_stream(request: web.Request) -> web.StreamResponse:
@@ -102,7 +102,7 @@ async def sample_stream(request: web.Request) -> web.StreamResponse:
     prompts, seed, stream = await _prompts(run, body), _seed(body), streams.TokenStream(body.num_completions)
     ticket = await common.submit(
         request, run, "sample_stream",
-        lambda _: tg_operations.sample(run, engine, body, prompts, seed, stream.on_token),
+        lambda _: tg_operations.sample(run, engine, body, prompts, seed, stream.on_token), keyed=False,
     )  # fmt: skip
     return await streams.respond(request, ticket, stream)
 
@@ -154,7 +154,7 @@ async def _run(request: web.Request) -> Run:
 async def _answer(request: web.Request, ticket: Ticket, *, abandon: bool = False) -> web.Response:
     """The result when it is there, or the future at once where the client prefers that.
 
-    ``abandon``: a client that goes away while it waits wants nothing any more.
+    ``abandon``: a client that goes away while it waits, and cannot ask again, wants nothing any more.
     """
     if headers.RESPOND_ASYNC in request.headers.get(headers.PREFER, ""):
         return accepted(ticket)

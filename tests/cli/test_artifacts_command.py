@@ -1,0 +1,88 @@
+"""`tg-tinker artifacts`: pulled with a server, opened without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from fixtures.programs import BATCH
+
+from tg_tinker import TrainingClient, open_artifact
+
+pytestmark = pytest.mark.timeout(240)
+
+
+@pytest.fixture
+def saved(tc: TrainingClient) -> str:
+    """The id of a sealed state after one step."""
+    tc.forward_backward(BATCH).result()
+    tc.optim_step().result()
+    return tc.save_state(metadata={"note": "first"}).artifact_id
+
+
+def test_pull_and_open_elsewhere(tg, tc: TrainingClient, saved: str, tmp_path: Path, monkeypatch) -> None:
+    """What was pulled opens on a machine that has nothing but the exported key, and says what is inside."""
+    pulled, key = tmp_path / "state.tgart", tmp_path / "key.json"
+    (listed,) = tg.json("artifacts", "ls", "--run", tc.id)
+    assert (listed["artifact_id"], listed["step"], listed["metadata"]) == (saved, 1, {"note": "first"})
+    tg("artifacts", "pull", saved, "--output", pulled)
+    tg("artifacts", "export-key", key)
+    assert key.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path / "elsewhere"))
+    assert "--key" in tg("artifacts", "open", pulled, code=1).stderr
+    assert not (tmp_path / "elsewhere").exists()
+    told = tg.json("artifacts", "open", pulled, "--key", key, "--output", tmp_path / "inside")
+    assert (told["artifact_id"], told["step"], told["base_model"]) == (saved, 1, "tg-tinker/tiny")
+    written = safetensors.numpy.load_file(tmp_path / "inside" / "tensors.safetensors")
+    for name, array in open_artifact(pulled, key).tensors.items():
+        assert np.array_equal(written[name], array)
+    assert json.loads((tmp_path / "inside" / "counters.json").read_text())["step"] == 1
+
+
+def test_nothing_is_overwritten(tg, saved: str, tmp_path: Path) -> None:
+    """Neither a pull nor an export replaces a file that is there; nothing goes into a folder that holds something."""
+    there = tmp_path / "there"
+    there.write_text("mine")
+    for command in (("pull", saved, "--output", there), ("export-key", there), ("export-peft", saved, tmp_path)):
+        assert str(tmp_path) in tg("artifacts", *command, code=1).stderr
+    assert there.read_text() == "mine"
+
+
+def test_rotation_keeps_everything_readable(tg, tc: TrainingClient, saved: str, tmp_path: Path) -> None:
+    """After a rotation the server restores what was saved before, and older files open with older key files."""
+    pulled, key = tmp_path / "state.tgart", tmp_path / "key.json"
+    tg("artifacts", "pull", saved, "--output", pulled)
+    tg("artifacts", "export-key", key)
+    before = tg.json("artifacts", "open", saved)["key_id"]
+    assert "are exported before" not in tg("artifacts", "rotate-key").stdout
+    assert tg.json("artifacts", "open", saved)["key_id"] != before
+    assert tc.load_state(saved).exact
+    assert tg.json("artifacts", "open", pulled, "--key", key)["key_id"] == before
+
+
+def test_an_adapter_becomes_a_peft_folder(tg, saved: str, tmp_path: Path) -> None:
+    """export-peft writes the adapter alone, with its rank and base model."""
+    tg("artifacts", "export-peft", saved, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, "tg-tinker/tiny")
+    names = safetensors.numpy.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert names
+    assert all("lora_" in name and not name.startswith("exp_avg") for name in names)
+
+
+def test_damage_and_strangers_are_told_apart(tg, saved: str, tmp_path: Path) -> None:
+    """A flipped bit, a file that is none, and an id that is unknown are each an error of one line."""
+    pulled = tmp_path / "state.tgart"
+    tg("artifacts", "pull", saved, "--output", pulled)
+    content = bytearray(pulled.read_bytes())
+    content[-100] ^= 1
+    pulled.write_bytes(content)
+    assert "damaged" in tg("artifacts", "open", pulled, code=1).stderr
+    pulled.write_text("hello")
+    assert "no pulled artifact" in tg("artifacts", "open", pulled, code=1).stderr
+    assert "cannot be read" in tg("artifacts", "open", tmp_path / "none", code=1).stderr
+    tg("artifacts", "rm", saved, "--yes")
+    assert "no such artifact" in tg("artifacts", "pull", saved, "--output", tmp_path / "other", code=1).stderr

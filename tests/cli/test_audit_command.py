@@ -1,0 +1,49 @@
+"""`tg-tinker audit`: reading the log, and catching whoever changed it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from fixtures.programs import BATCH
+
+from tg_tinker import TrainingClient
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_entries_of_a_run(tg, tc: TrainingClient) -> None:
+    """Each operation is in the log when it was accepted and when it ended, with its outcome."""
+    tc.forward_backward(BATCH).result()
+    entries = tg.json("audit", "ls", "--run", tc.id, "--operation", "forward_backward")
+    assert [(one["event"], one["success"]) for one in entries] == [("accepted", None), ("ended", True)]
+    assert "forward_backward" in tg("audit", "ls", "--run", tc.id).stdout
+
+
+def test_a_whole_log_is_held_against_the_heads_that_were_kept(tg, tc: TrainingClient, tmp_path: Path) -> None:
+    """The first check keeps a head, the next one is held against it and keeps another."""
+    heads = tmp_path / "heads.jsonl"
+    assert "no head kept before" in tg("audit", "verify", "--heads", heads).stdout
+    tc.forward_backward(BATCH).result()
+    found = tg.json("audit", "verify", "--heads", heads)
+    assert (found["ok"], found["heads_kept"]) == (True, 1)
+    assert len(heads.read_text().splitlines()) == 2
+
+
+def test_a_log_is_verified_without_a_server(tg, tc: TrainingClient, tmp_path: Path) -> None:
+    """A saved log passes; changed, it is named by its first bad entry; cut off, a kept head gives it away."""
+    tc.forward_backward(BATCH).result()
+    log, heads = tmp_path / "log.json", tmp_path / "heads.jsonl"
+    tg("audit", "verify", "--heads", heads)
+    entries = tg.json("audit", "ls", "--all")
+    offline = ("audit", "verify", "--log", log, "--heads", heads)
+    log.write_text(json.dumps(entries))
+    assert "is whole" in tg(*offline).stdout
+    log.write_text(json.dumps(entries[:-2]))
+    assert "truncated" in tg(*offline, code=1).stderr
+    assert tg("audit", "verify", "--log", log).exit_code == 0  # nothing tells that it was cut off
+    log.write_text(json.dumps([*entries[:1], {**entries[1], "operation": "sample"}, *entries[2:]]))
+    assert f"entry 2 ({entries[1]['entry_id']})" in tg(*offline, code=1).stderr
+    log.write_text("[{}]")
+    assert "is no log" in tg(*offline, code=1).stderr

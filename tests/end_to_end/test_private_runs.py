@@ -1,0 +1,50 @@
+"""Differential privacy as a client sees it: metrics, the budget, the report. Its mathematics are tested elsewhere."""
+
+from __future__ import annotations
+
+import pytest
+from fixtures.programs import BATCH, LOOPS_RANK, MODEL, datum, tg_config
+
+from tg_tinker import AdamParams, DPBudgetExceededError, DPConfig, ServiceClient
+
+pytestmark = pytest.mark.timeout(240)
+
+
+def test_a_private_run_trains_to_its_budget(service: ServiceClient) -> None:
+    """Each step tells what it spent; the step that would overspend is refused with the numbers, and saving goes on."""
+    config = DPConfig(noise_multiplier=2.0, max_grad_norm=1.0, target_epsilon=6.0, target_delta=1e-3)
+    tc = service.create_training_client(tg_config(dp_config=config, batch_size=2))
+    spent: list[float] = []
+
+    def train() -> None:
+        for _ in range(20):
+            tc.forward_backward(BATCH).result(timeout=60)
+            metrics = tc.optim_step().result(timeout=60).dp_metrics
+            assert metrics is not None
+            assert metrics.noise_applied
+            spent.append(metrics.total_epsilon or 0.0)
+
+    with pytest.raises(DPBudgetExceededError) as caught:
+        train()
+    assert len(spent) > 1
+    assert spent == sorted(spent)
+    assert caught.value.current_epsilon == pytest.approx(spent[-1])
+    assert caught.value.current_epsilon <= caught.value.max_epsilon == 6.0
+    assert (caught.value.projected_epsilon or 0.0) > 6.0
+    assert caught.value.delta == 1e-3
+    assert tc.step == len(spent)
+    assert tc.save_state().step == len(spent)
+    report = tc.get_privacy_report()
+    assert (report.enabled, report.steps, report.delta) == (True, len(spent), 1e-3)
+    assert report.total_epsilon == pytest.approx(spent[-1])
+
+
+def test_the_loops_surface_is_private_too(service: ServiceClient) -> None:
+    """A Loops run takes the same configuration, as a dict as well, and reports its epsilon with each step."""
+    run = service.create_lora_training_client(
+        MODEL, LOOPS_RANK, seed=1, dp_config={"noise_multiplier": 2.0, "expected_batch_size": 1}
+    )
+    run.forward_backward([datum()])
+    metrics = run.optim_step(AdamParams()).result(timeout=60).metrics
+    assert metrics is not None
+    assert metrics["epsilon"] > 0
