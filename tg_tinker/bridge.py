@@ -18,10 +18,10 @@ from collections.abc import Callable, Coroutine
 from types import FrameType
 from typing import Any, Generic, TypeVar, cast
 
-from tg_tinker.caller import user_frame
 from tg_tinker.errors import BlockingCallError, BlockingCallWarning, ClientClosedError, TGTinkerError
-from tg_tinker.latch import Latch
-from tg_tinker.loop_thread import Guest, LoopThread
+from tg_tinker.threads.caller import user_frame
+from tg_tinker.threads.latch import Latch
+from tg_tinker.threads.loop_thread import Guest, LoopThread
 
 __all__ = ["Home", "Job", "LoopHome", "ThreadHome", "shutdown"]
 

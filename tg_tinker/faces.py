@@ -13,12 +13,12 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
 
-from tg_tinker.backing import Home
-from tg_tinker.channel import Channel, drop
 from tg_tinker.core.call import Call, Composed, Flow, Plan
 from tg_tinker.core.compose import compose
 from tg_tinker.core.run import RunCore
 from tg_tinker.futures import OperationFuture
+from tg_tinker.futures.backing import Home
+from tg_tinker.threads.channel import Channel, drop
 
 __all__ = [
     "AsyncChunks",

@@ -17,9 +17,9 @@ from fixtures.client import Numbered, Toy
 from fixtures.server import ThreadedServer
 
 from tg_tinker import errors
-from tg_tinker import latch as latch_module
 from tg_tinker.futures import APIFuture, FutureHandle, OperationFuture
-from tg_tinker.latch import Latch
+from tg_tinker.threads import latch as latch_module
+from tg_tinker.threads.latch import Latch
 
 FAILURE = {"code": "OPERATION_FAILED", "message": "out of memory", "details": {"operation": "forward_backward"}}
 

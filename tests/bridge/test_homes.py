@@ -13,7 +13,7 @@ from fixtures.client import Toy, connect
 from tg_tinker import bridge, errors
 from tg_tinker.bridge import LoopHome, ThreadHome
 from tg_tinker.futures import OperationFuture
-from tg_tinker.loop_thread import LoopThread
+from tg_tinker.threads.loop_thread import LoopThread
 
 
 class Guest:
@@ -197,7 +197,7 @@ def test_stopping_from_the_loop_itself_does_not_wait_for_itself() -> None:
 
 def test_work_that_refuses_to_end_does_not_hold_up_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     """A task that swallows its cancellation costs a second, not for ever."""
-    from tg_tinker import loop_thread
+    from tg_tinker.threads import loop_thread
 
     monkeypatch.setattr(loop_thread, "_CANCEL_BUDGET", 0.06)
     thread = LoopThread()

@@ -13,7 +13,7 @@ from fixtures.client import Numbered, Toy
 from fixtures.server import ScriptedServer
 
 from tg_tinker import errors
-from tg_tinker.channel import Channel, drop
+from tg_tinker.threads.channel import Channel, drop
 from tg_tinker.wire import frames
 
 

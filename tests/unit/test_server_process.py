@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from fixtures.children import DIES, LISTENS, SILENT, STUBBORN, stand_in
 
-from tg_tinker import server_process
+from tg_tinker.embedded import process as server_process
+from tg_tinker.embedded.process import ServerProcess
 from tg_tinker.errors import ServerRestartedError, ServerUnreachableError
-from tg_tinker.server_process import ServerProcess
 
 Start = Callable[[str], ServerProcess]
 PATIENCE = 30.0  # seconds that a program may take to start on a busy machine

@@ -32,8 +32,8 @@ def command(
 
     They reach it by ServiceClient(base_url=...), or by TG_TINKER_BASE_URL.
     """
+    from tg_tinker.embedded.process import require_server_extra
     from tg_tinker.home import folder
-    from tg_tinker.server_process import require_server_extra
 
     require_server_extra()
     from tg_tinker.server import process

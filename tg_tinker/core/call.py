@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import attrs
 
-from tg_tinker.caller import called_at, user_site
+from tg_tinker.threads.caller import called_at, user_site
 from tg_tinker.wire import codec
 from tg_tinker.wire.route import Route
 

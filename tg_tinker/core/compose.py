@@ -11,13 +11,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 from tg_tinker.bridge import Job
-from tg_tinker.caller import called_at
 from tg_tinker.core.call import Composed
 from tg_tinker.core.lane import Place
 from tg_tinker.core.operation import left_open
 from tg_tinker.core.run import RunCore
 from tg_tinker.errors import SamplerNotReadyError, TGTinkerError
 from tg_tinker.futures import OperationFuture
+from tg_tinker.threads.caller import called_at
 
 __all__ = ["SAMPLER_CEILING", "compose", "wait_for_version"]
 

@@ -9,7 +9,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from tg_tinker.latch import Latch
+from tg_tinker.threads.latch import Latch
 
 __all__ = ["Lane", "Place"]
 

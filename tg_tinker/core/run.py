@@ -12,7 +12,6 @@ from collections.abc import Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from tg_tinker.channel import Channel
 from tg_tinker.core.call import Call
 from tg_tinker.core.lane import Lane, Place
 from tg_tinker.core.operation import Operation
@@ -22,6 +21,7 @@ from tg_tinker.core.service import ServiceCore
 from tg_tinker.core.transport import Request
 from tg_tinker.errors import ClientClosedError, Failure, ServerUnreachableError, TGTinkerError, from_wire
 from tg_tinker.futures import OperationFuture
+from tg_tinker.threads.channel import Channel
 from tg_tinker.wire.frames import FrameReader
 
 __all__ = ["RunCore"]

@@ -9,9 +9,9 @@ import weakref
 from typing import TYPE_CHECKING
 
 from tg_tinker.bridge import Home
-from tg_tinker.caller import user_site
 from tg_tinker.core.transport import Connection
 from tg_tinker.errors import ClientClosedError
+from tg_tinker.threads.caller import user_site
 
 if TYPE_CHECKING:
     from tg_tinker.core.run import RunCore

@@ -6,7 +6,7 @@ import os
 from typing import ClassVar
 
 from tg_tinker import service, settings
-from tg_tinker.service_base import Progress
+from tg_tinker.service.base import Progress
 
 __all__ = ["ServiceClient"]
 

@@ -17,7 +17,6 @@ from functools import partial
 from math import inf, isnan
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
-from tg_tinker.backing import Backer, Home
 from tg_tinker.errors import (
     ClientClosedError,
     Failure,
@@ -26,8 +25,9 @@ from tg_tinker.errors import (
     InvalidRequestError,
     UnretrievedOperationWarning,
 )
-from tg_tinker.latch import Latch
-from tg_tinker.outcome import Outcome
+from tg_tinker.futures.backing import Backer, Home
+from tg_tinker.futures.outcome import Outcome
+from tg_tinker.threads.latch import Latch
 
 __all__ = ["APIFuture", "FutureHandle", "OperationFuture"]
 

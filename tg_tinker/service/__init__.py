@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tg_tinker.service_loops import LoopsService
-from tg_tinker.service_tg import TGService
+from tg_tinker.service.loops import LoopsService
+from tg_tinker.service.tg import TGService
 
 __all__ = ["ServiceClient"]
 

@@ -17,7 +17,7 @@ from tg_tinker.core.run import RunCore
 from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.futures import OperationFuture
-from tg_tinker.service_base import ServiceBase
+from tg_tinker.service.base import ServiceBase
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import TrainingConfig

@@ -15,8 +15,8 @@ from pathlib import Path
 from time import monotonic
 
 from tg_tinker import bridge
+from tg_tinker.embedded.process import ServerProcess
 from tg_tinker.errors import ClientClosedError, ServerRestartedError, TGTinkerError
-from tg_tinker.server_process import ServerProcess
 
 __all__ = ["EmbeddedEndpoint", "server_of"]
 

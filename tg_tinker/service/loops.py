@@ -13,7 +13,7 @@ from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import plane
 from tg_tinker.loops.training import TrainingClient
 from tg_tinker.sampling import SamplingClient
-from tg_tinker.service_base import ServiceBase
+from tg_tinker.service.base import ServiceBase
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import DPConfig
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFilesResponse, ServerCapabilities

@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, Generic, TypeVar
 
 from tg_tinker.errors import Failure
-from tg_tinker.latch import Latch
+from tg_tinker.threads.latch import Latch
 
 __all__ = ["Outcome", "Round"]
 

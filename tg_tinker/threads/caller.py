@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
 
-_OURS = (str(Path(__file__).parent) + os.sep, "<attrs generated")
+_OURS = (str(Path(__file__).parent.parent) + os.sep, "<attrs generated")
 _at: ContextVar[str | None] = ContextVar("tg_tinker_called_at", default=None)
 
 

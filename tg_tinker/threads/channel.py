@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from tg_tinker.errors import ClientClosedError, Failure
-from tg_tinker.latch import Latch
+from tg_tinker.threads.latch import Latch
 
 T = TypeVar("T")
 DEPTH = 8

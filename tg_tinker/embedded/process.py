@@ -22,7 +22,7 @@ from time import monotonic, time
 from urllib.parse import urlsplit
 
 from tg_tinker.errors import ServerRestartedError, ServerUnreachableError
-from tg_tinker.latch import Latch
+from tg_tinker.threads.latch import Latch
 
 __all__ = ["KEY_VARIABLE", "ServerProcess", "require_server_extra"]
 
