@@ -85,6 +85,13 @@ async def test_runs_share_one_loading_of_a_model(client, engine):
     assert (engine.loads, len(engine.samplers), len(engine.trainers)) == (1, 1, 4)
 
 
+async def test_precisions_that_mean_the_same_share_a_model(client, engine):
+    """On a CPU "auto" is "fp32", whichever was asked for first; "bf16" is another model."""
+    for precision in ("fp32", "auto", "fp32", "bf16"):
+        await client.create(MODEL, mixed_precision=precision)
+    assert engine.loads == 2
+
+
 async def test_a_queued_operation_that_is_cancelled_never_runs(client, engine):
     """Cancelling queued work says true and it is not executed; what is done says false."""
     run = await client.create(MODEL)

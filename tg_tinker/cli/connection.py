@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -32,7 +32,7 @@ def server_options(function: Callable[P, R]) -> Callable[P, R]:
 @contextmanager
 def connected(
     base_url: str | None, api_key: str | None, report: Callable[[str], object] | None = None
-) -> Iterator[ServiceClient]:
+) -> Generator[ServiceClient]:
     """Give a client, and show meanwhile what it waits for; with ``report`` somebody else shows it."""
     from tg_tinker import ServiceClient
 

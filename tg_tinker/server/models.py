@@ -58,18 +58,30 @@ class Models:
         if not self._settings.may_load(ref):
             message = f"there is no model {ref!r}; this server loads folders only where its operator allows it"
             raise ResourceNotFoundError(message, resource_type="model", resource_id=ref)
-        task = self._loading.get((ref, dtype))
+        task = self._loading.get((ref, dtype)) or self._same(ref, dtype)
         if task is None:
             task = asyncio.create_task(self._load(ref, dtype), name=f"load {ref}")
             self._loading[ref, dtype] = task
             task.add_done_callback(lambda done: self._forget_failure(ref, dtype, done))
         return await asyncio.shield(task)
 
+    async def any(self, ref: str) -> Model:
+        """The model in whatever precision it is loaded; for those who want its tokenizer alone."""
+        ready = [model for model in self.loaded() if model.ref == ref]
+        return ready[0] if ready else await self.get(ref)
+
     async def aclose(self) -> None:
         """Stop waiting for what is still loading."""
         for task in self._loading.values():
             task.cancel()
         await asyncio.gather(*self._loading.values(), return_exceptions=True)
+
+    def _same(self, ref: str, dtype: str) -> asyncio.Task[Model] | None:
+        """A loaded model that is what this precision would load: "auto" and "fp32" are one on a CPU."""
+        for (known, _), task in self._loading.items():
+            if known == ref and task.done() and not task.exception() and dtype in _precisions(task.result().base):
+                return task
+        return None
 
     async def _load(self, ref: str, dtype: str) -> Model:
         base = await asyncio.to_thread(self._engine.load, ref, dtype, self._report)
@@ -80,3 +92,10 @@ class Models:
     def _forget_failure(self, ref: str, dtype: str, task: asyncio.Task[Model]) -> None:
         if task.cancelled() or task.exception() is not None:
             self._loading.pop((ref, dtype), None)
+
+
+def _precisions(base: BaseModel) -> set[str]:
+    """The names by which a configuration may ask for this very model."""
+    name = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(base.dtype), "")
+    auto = "bf16" if base.device.type == "cuda" else "fp32"
+    return {name, "auto"} if name == auto else {name}

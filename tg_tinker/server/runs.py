@@ -144,7 +144,7 @@ class Run:
         for culprit, error in failed:
             if culprit.failure_told is None or culprit.failure_told > ticket.accepted:
                 self.discard_gradients()
-                cause = str(error) or "it was cancelled"
+                cause = getattr(error, "message", str(error)) or "it was cancelled"
                 message = (
                     f"{ticket.operation} was not taken: {culprit.operation} {culprit.id} before it failed: {cause}"
                 )

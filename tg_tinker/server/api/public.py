@@ -54,7 +54,7 @@ async def tokenizer(request: web.Request) -> web.Response:
     ref = request.query.get("model")
     if not ref:
         raise checks.refuse("model", "the name of a model", ref)
-    model = await common.rooms_of(request).models.get(ref)
+    model = await common.rooms_of(request).models.any(ref)
     files = await asyncio.to_thread(_files, model.base.tokenizer)
     return common.reply(tg.TokenizerFiles(model=ref, files=files))
 
