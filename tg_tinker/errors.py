@@ -24,6 +24,7 @@ The attributes beside a class live in ``details``, so they cross HTTP and pickli
 from __future__ import annotations
 
 import math
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
 
 import attrs
@@ -325,6 +326,11 @@ def _restore(
     return error
 
 
+def _again(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """An exception of these ``args``; a constructor written in Python may take other arguments than it keeps."""
+    return cls.__new__(cls, *args) if isinstance(cls.__init__, FunctionType) else cls(*args)
+
+
 def _tree(cls: type[TGTinkerError]) -> list[type[TGTinkerError]]:
     return [cls, *(below for child in cls.__subclasses__() for below in _tree(child))]
 
@@ -367,15 +373,18 @@ class Failure:
     fields: tuple[Any, ...]
     notes: tuple[str, ...] = ()
     cause: BaseException | None = attrs.field(default=None, eq=False)
+    attributes: Mapping[str, Any] = attrs.field(factory=dict, eq=False)  # of somebody else's exception
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
         """Record an exception; its traceback is left behind."""
         if isinstance(error, TGTinkerError):
             fields: tuple[Any, ...] = (error.message, error.code, error.details, error.request_id)
+            kept: dict[str, Any] = {}
         else:
             fields = error.args
-        return cls(type(error), fields, tuple(getattr(error, "__notes__", ())), error.__cause__)
+            kept = {name: value for name, value in vars(error).items() if name != "__notes__"}
+        return cls(type(error), fields, tuple(getattr(error, "__notes__", ())), error.__cause__, kept)
 
     def with_note(self, note: str) -> Failure:
         """The same failure with one more line of context."""
@@ -386,7 +395,8 @@ class Failure:
         if issubclass(self.cls, TGTinkerError):
             error: BaseException = _restore(self.cls, *self.fields)
         else:
-            error = self.cls(*self.fields)
+            error = _again(self.cls, self.fields)
+            vars(error).update(self.attributes)
         error.__cause__ = self.cause
         for note in self.notes:
             error.add_note(note)

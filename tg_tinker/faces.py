@@ -82,10 +82,16 @@ def composed(plan: Callable[Concatenate[S, P], Composed[R]]) -> Callable[Concate
             core.wait_acceptance(future)
         return future
 
-    def submit_async(client: S, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+    def submit_async(client: S, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, OperationFuture[R]]:
+        core = client.core
+        return core.acceptance(compose(core, plan(client, *args, **kwargs)))
+
+    def perform_async(client: S, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
         return compose(client.core, plan(client, *args, **kwargs)).result_async()
 
-    return _publish(submit, submit_async, plan, "OperationFuture[{}]", "Coroutine[Any, Any, {}]")
+    _dress(perform_async, plan, "Coroutine[Any, Any, {}]", "_async")
+    submit._value_twin = perform_async  # type: ignore[attr-defined]
+    return _publish(submit, submit_async, plan, "OperationFuture[{}]", "Coroutine[Any, Any, OperationFuture[{}]]")
 
 
 # ------------------------------------------------------------------------------------------------- direct
@@ -198,7 +204,7 @@ def stream(plan: Callable[Concatenate[S, P], Call[R]]) -> Callable[Concatenate[S
 def twin(
     face: Callable[Concatenate[S, P], T], *, name: str | None = None
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
-    """The awaitable form of a method made by ``operation`` or ``blocking``: gives what the method returns."""
+    """The awaitable form of a method: gives what the method returns (a future, or the result of a direct one)."""
     return cast("Callable[Concatenate[S, P], Coroutine[Any, Any, T]]", _twin(face, name))
 
 
@@ -206,7 +212,7 @@ def composed_twin(
     face: Callable[Concatenate[S, P], OperationFuture[T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
     """The awaitable form of a method made by ``composed``: gives the result itself."""
-    return cast("Callable[Concatenate[S, P], Coroutine[Any, Any, T]]", _twin(face, None))
+    return cast("Callable[Concatenate[S, P], Coroutine[Any, Any, T]]", _twin(face, None, "_value_twin"))
 
 
 def stream_twin(face: Callable[Concatenate[S, P], Iterator[T]]) -> Callable[Concatenate[S, P], AsyncIterator[T]]:
@@ -214,8 +220,8 @@ def stream_twin(face: Callable[Concatenate[S, P], Iterator[T]]) -> Callable[Conc
     return cast("Callable[Concatenate[S, P], AsyncIterator[T]]", _twin(face, None))
 
 
-def _twin(face: Callable[..., Any], name: str | None) -> Callable[..., Any]:
-    made: Callable[..., Any] | None = getattr(face, "_twin", None)
+def _twin(face: Callable[..., Any], name: str | None, kind: str = "_twin") -> Callable[..., Any]:
+    made: Callable[..., Any] | None = getattr(face, kind, None)
     if made is None:
         raise TypeError(f"{face!r} is not a face: decorate the plan first")
     if name is not None:

@@ -54,8 +54,9 @@ RETRY_COUNT = DefaultInt(3)
 class Settings:
     """What a ``ServiceClient`` goes by. Without a ``base_url`` a server is run on this machine, in ``home``.
 
-    ``timeout`` bounds one HTTP request (seconds), ``ready_timeout`` the start of a server or a run; ``retry_count`` is
-    how often a request is tried again. The wait for an operation's result is bounded by ``result(timeout)`` alone.
+    ``timeout`` bounds the server's silence on one HTTP request (seconds), ``ready_timeout`` the start of a server or a
+    run; ``retry_count`` is how often a request is tried again. The wait for an
+    operation's result is bounded by ``result(timeout)`` alone.
     """
 
     api_key: str | None = attrs.field(default=None, repr=False)
@@ -84,6 +85,8 @@ def resolve(
 
     Raises ``InvalidRequestError`` naming the field; a key or tenant without a URL is one of these.
     """
+    if home is not None and not isinstance(home, str | os.PathLike):
+        raise checks.refuse("home", "a folder, or None", home)
     api_key, base_url = _in_order(_text("api_key", api_key), _text("base_url", base_url))
     given: dict[str, Any] = {
         "api_key": api_key or _variable(names, "api_key"),

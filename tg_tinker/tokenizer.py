@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import re
 import tempfile
 import threading
@@ -28,6 +29,15 @@ _NEEDED = "tokenizer_config.json"
 
 _lock = threading.Lock()
 _loaded: dict[Path, PreTrainedTokenizerBase] = {}
+
+
+def _after_fork() -> None:
+    global _lock  # noqa: PLW0603 - a fork copies the process, and perhaps a lock that a thread it lacks was holding
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load(files: tg.TokenizerFiles, home: Path) -> PreTrainedTokenizerBase:

@@ -37,7 +37,7 @@ from tg_tinker.wire.route import Route
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["StreamOptions", "TrainingClient"]
+__all__ = ["StreamOptions", "TrainingClient", "json_object"]
 
 R = TypeVar("R")
 
@@ -60,7 +60,7 @@ class TrainingClient:
     """A run of the TG surface: forward_backward and optim_step, sampling, sealed checkpoints.
 
     Operations take effect in the order in which they were called, whatever thread, loop or face they were called from.
-    ``step`` and ``status`` follow every result without a refresh.
+    ``step`` and ``status`` follow the results of ``optim_step`` and ``load_state``; ``refresh`` asks the server.
     """
 
     def __init__(self, core: RunCore, info: TrainingClientInfo, tokenizers: Tokenizers) -> None:
@@ -245,7 +245,7 @@ class TrainingClient:
             raise checks.refuse(
                 "include_optimizer", "True or False (states have no names; use metadata)", include_optimizer
             )
-        body = tg.SaveStateRequest(include_optimizer=include_optimizer, metadata=_json_object("metadata", metadata))
+        body = tg.SaveStateRequest(include_optimizer=include_optimizer, metadata=json_object("metadata", metadata))
         return self._call(tg.SAVE_STATE, body)
 
     save_state_async = twin(save_state)
@@ -324,7 +324,7 @@ def _prompts(prompts: object) -> tuple[str, ...]:
     return tuple(prompts)
 
 
-def _json_object(field: str, value: object) -> dict[str, Any]:
+def json_object(field: str, value: object) -> dict[str, Any]:
     """A dict that JSON can hold; orjson's own complaint says which value it cannot."""
     if value is None:
         return {}

@@ -15,8 +15,10 @@ from fixtures.ended import Ended
 from fixtures.server import ThreadedServer
 
 TESTS = Path(__file__).parent.parent
+# A shell without job control starts its background jobs deaf to Ctrl-C, and their children inherit that.
 HEADER = """
-import logging, sys
+import logging, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 logging.getLogger("asyncio").addFilter(lambda record: "took" not in record.msg)  # that the machine is busy is no fault
 sys.path.append({tests!r})
 from fixtures.client import connect

@@ -135,3 +135,21 @@ async def test_a_sampler_that_cannot_be_asked_is_asked_again(monkeypatch: pytest
     await wait_for_version(serving, 3, ceiling=1.0)
     with pytest.raises(errors.SamplerNotReadyError, match=r"seen was -1\); the last answer was: still down"):
         await wait_for_version(serving, 3, ceiling=0.05)
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        errors.ServerRestartedError("gone"),
+        errors.AuthenticationError("no key"),
+        errors.ResourceNotFoundError("no sampler", resource_type="sampler", resource_id="s"),
+    ],
+)
+async def test_a_sampler_that_is_gone_for_good_ends_the_wait(final: errors.TGTinkerError) -> None:
+    """What asking again cannot mend is told at once, and not after the ceiling."""
+
+    async def serving(_: float) -> int:
+        raise final
+
+    with pytest.raises(type(final)):
+        await asyncio.wait_for(wait_for_version(serving, 3), timeout=5.0)

@@ -142,6 +142,14 @@ async def test_closing_the_client_ends_its_streams(server: ScriptedServer, toy: 
         await read(chunks)
 
 
+async def test_nothing_comes_after_leaving(server: ScriptedServer, toy: Toy) -> None:
+    """An iterator that its reader closed is at its end, and not in error."""
+    chunks = toy.sample_stream_async("x")
+    await anext(chunks)
+    await chunks.aclose()  # type: ignore[attr-defined]
+    assert [chunk async for chunk in chunks] == []
+
+
 async def test_leaving_before_the_producer_is_known() -> None:
     """A consumer may be gone before the source says how to stop it."""
     stopped: list[bool] = []

@@ -14,6 +14,9 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ARGUMENTS = {
     "private_finetune.py": ("--epsilon", "3.05"),
+    "rl_custom_loss.py": (),
+    "rl_dpo.py": (),
+    "rl_off_policy.py": (),
     "rl_rollouts.py": (),
     "sft_blocking.py": ("--epochs", "1"),
     "web_backend.py": (),
@@ -56,6 +59,44 @@ def test_reinforcement_learning_raises_the_reward(run):
     first, last = map(float, found.groups())
     assert first < 0.2
     assert last > 0.8
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_off_policy_rewards_rise_on_older_samples(run):
+    """While sampling goes on, the reward rises from under 0.2 to over 0.6; no sample is over two versions old."""
+    picture = EXAMPLES / "output" / "rl_off_policy.png"
+    picture.unlink(missing_ok=True)
+    printed = run("rl_off_policy.py")
+    found = re.search(r"mean reward ([\d.]+) -> ([\d.]+)$", printed, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) < 0.2
+    assert float(found[2]) > 0.6
+    assert 0.0 < max(map(float, re.findall(r"lag ([\d.]+)", printed))) <= 2.0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_of_ones_own_raises_the_reward(run):
+    """With GSPO, computed by the script itself, the reward rises from under 0.2 to over 0.6."""
+    picture = EXAMPLES / "output" / "rl_custom_loss.png"
+    picture.unlink(missing_ok=True)
+    found = re.search(r"mean reward ([\d.]+) -> ([\d.]+)$", run("rl_custom_loss.py"), re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) < 0.2
+    assert float(found[2]) > 0.6
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_preferences_carry_over(run):
+    """DPO starts at a margin of nothing, and ends with one of nats, on prompts that were held back, too."""
+    picture = EXAMPLES / "output" / "rl_dpo.png"
+    picture.unlink(missing_ok=True)
+    number = r"(-?[\d.]+)"
+    found = re.search(rf"mean margin {number} -> {number}, held back {number}, {number}\n", run("rl_dpo.py"))
+    assert found is not None
+    first, last, *unseen = map(float, found.groups())
+    assert abs(first) < 0.05
+    assert last > 10.0
+    assert min(unseen) > 5.0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -71,6 +71,18 @@ async def test_without_any_key_loopback_is_open_and_other_addresses_are_refused(
         await serve(keys={}, host="0.0.0.0")
 
 
+async def test_the_end_of_the_last_key_opens_nothing_to_other_machines(serve, monkeypatch):
+    """A server that others can reach goes on asking for a key when its only one is revoked."""
+    monkeypatch.setattr("tg_tinker.server.auth._REMEMBERED", 0.0)
+    database = (await serve(keys={})).server.app[ROOMS].database
+    await database.add_tenant("acme", datetime.now(UTC))
+    _, row = new_key("acme")
+    await database.add_api_key(row)
+    client = (await serve(keys={}, host="0.0.0.0")).as_tenant(None)
+    await database.revoke_api_key(row.key_id, datetime.now(UTC))
+    assert (await client.get("/v1/training_clients")).status == 401
+
+
 async def test_a_foreign_id_is_as_good_as_none(client):
     """Another tenant's run, future and artifact answer 404, exactly like ids that never existed."""
     run = await client.create(MODEL)

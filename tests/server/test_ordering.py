@@ -65,6 +65,15 @@ async def test_retries_that_race_are_one_operation(client, engine):
     assert engine.log.count("forward_backward[0]") == 1
 
 
+async def test_a_creation_key_is_good_for_one_request(client):
+    """The key of another creation is refused, on either surface, not answered with that other run."""
+    key = {"Idempotency_Key": "c"}
+    assert (await client.post("/v1/training_clients", {"model_ref": MODEL}, **key)).status == 201
+    other = await client.post("/v1/training_clients", {"model_ref": MODEL, "batch_size": 3}, **key)
+    loops = await client.post("/v1/loops/trainers", {"base_model": MODEL}, **key)
+    assert [answer.error["code"] for answer in (other, loops)] == ["IDEMPOTENCY_KEY_REUSED"] * 2
+
+
 async def test_a_retried_creation_makes_one_run(client, engine):
     """Creating a client twice under one key, even at once, gives the same run."""
     engine.load_gate.clear()

@@ -130,6 +130,17 @@ async def test_an_example_enters_a_step_once(real):
     assert (await real.run(f"{run}/forward_backward", batch(10)))["status"] == "completed"
 
 
+async def test_a_failed_load_forgets_no_example_of_the_gradient(real):
+    """A load that is refused drops the gathered gradient with the list of its examples: none can be in it twice."""
+    other = await make(real, lora_config={"rank": 8, "dropout": 0.0})
+    foreign = (await real.post(f"{other}/save_state")).json["artifact_id"]
+    run = await make(real)
+    first = (await real.run(f"{run}/forward_backward", batch(10)))["result"]["gradient_hash"]
+    assert (await real.run(f"{run}/load_state", {"artifact_id": foreign}))["status"] == "failed"
+    again = await real.run(f"{run}/forward_backward", batch(10))
+    assert again["result"]["gradient_hash"] == first
+
+
 async def test_a_step_without_noise_is_infinite_or_refused(real):
     """apply_dp_noise=False is refused where there is a target, and makes ε infinite for good where there is none."""
     bounded = await make(real, dp_config={"target_epsilon": 8.0})

@@ -93,6 +93,19 @@ async def test_a_key_needs_a_known_tenant(database: Database) -> None:
         )
 
 
+async def test_a_key_that_is_used_again_is_the_newer_futures(database: Database) -> None:
+    """A repeated idempotency key stops no write: it finds the newest future, also after the older one changes."""
+    await database.save_futures(
+        [future(idempotency_key="key-1"), future("other", tenant_id="other", idempotency_key="key-1")]
+    )
+    await database.save_futures([future("fut-2", idempotency_key="key-1"), future("fut-3", idempotency_key="key-1")])
+    await database.save_futures([future(idempotency_key="key-1", status="completed")])
+    found = [await database.find_future(tenant, "key-1") for tenant in ("acme", "other")]
+    assert [row and row.future_id for row in found] == ["fut-3", "other"]
+    assert await database.get_future("acme", "fut-1") == future(status="completed")
+    assert await database.get_future("acme", "fut-2") == future("fut-2")
+
+
 async def test_runs_are_their_tenants_own(database: Database) -> None:
     """Another tenant neither sees, changes nor deletes a run."""
     await database.add_run(run())
@@ -173,9 +186,9 @@ async def test_futures_are_filtered(database: Database) -> None:
 
 async def test_saving_futures_is_all_or_nothing(database: Database) -> None:
     """When one of several cannot be stored, none is."""
-    await database.save_futures([future(idempotency_key="taken")])
+    await database.save_futures([future()])
     with pytest.raises(sqlalchemy.exc.IntegrityError):
-        await database.save_futures([future("fut-2"), future("fut-3", idempotency_key="taken")])
+        await database.save_futures([future("fut-2"), future("fut-3", tenant_id="nobody")])
     assert await database.get_future("acme", "fut-2") is None
 
 

@@ -93,6 +93,8 @@ async def loops_run(client: loops.TrainingClient) -> None:
     assert_type(client.init_trainer_server(8).result(), loops_results.InitTrainerServerResponse)
     future: loops.ForwardBackwardFuture = client.forward(DATA)
     assert_type(future.result().metrics, dict[str, float])
+    custom = await client.forward_backward_custom_async(DATA, lambda data, logprobs: (0.0, [], {}))
+    assert_type(await custom, loops_results.ForwardBackwardOutput)
     client.health()
     client.close()
     await client.aclose()

@@ -97,3 +97,10 @@ def test_every_finite_array_survives_the_wire(array: Any) -> None:
         array = np.nan_to_num(array)
     tensor = TensorData.from_numpy(array)
     assert codec.decode(TensorData, codec.loads(codec.dumps(tensor))) == tensor
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(300, "int8"), (2**40, "int32"), (2, "bool")])
+def test_a_value_that_its_dtype_cannot_hold_is_refused(value: int, dtype: str) -> None:
+    """Nothing wraps around silently."""
+    with pytest.raises(InvalidRequestError, match=f"values that fit {dtype}"):
+        TensorData([value], dtype)

@@ -1,1 +1,1 @@
-"""Placeholder."""
+"""The asyncio client: calls, their order, the connection, the outcomes. It knows no threads and no surface."""

@@ -48,7 +48,7 @@ class Call(Plan[R]):
     applies_gradient: bool = False
     eager: bool = False  # fetch the outcome at once, whether or not anybody waits
     on_result: Callable[[R], None] | None = None  # a client's bookkeeping; runs at home, before anybody sees the result
-    timeout: float = 60.0  # seconds without a byte from the server until a request counts as lost
+    timeout: float | None = None  # seconds without a byte until a request counts as lost; None: the connection's
     key: str = attrs.field(factory=_new_key)
     site: str = attrs.field(factory=user_site)
 

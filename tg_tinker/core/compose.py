@@ -15,7 +15,15 @@ from tg_tinker.core.call import Composed
 from tg_tinker.core.lane import Place
 from tg_tinker.core.operation import left_open
 from tg_tinker.core.run import RunCore
-from tg_tinker.errors import SamplerNotReadyError, TGTinkerError
+from tg_tinker.errors import (
+    AuthenticationError,
+    AuthorizationError,
+    ClientClosedError,
+    ResourceNotFoundError,
+    SamplerNotReadyError,
+    ServerRestartedError,
+    TGTinkerError,
+)
 from tg_tinker.futures import OperationFuture
 from tg_tinker.threads.caller import called_at
 
@@ -25,6 +33,7 @@ R = TypeVar("R")
 SAMPLER_CEILING = 600.0  # seconds from the end of the publish until a sampler must serve the version
 _HOLD = 30.0  # seconds that the sampler may hold its answer
 _PAUSES = (0.05, 1.0)  # seconds between questions to a sampler that does not hold: the first, the longest
+_FINAL = (AuthenticationError, AuthorizationError, ClientClosedError, ServerRestartedError)
 
 
 class _Composition(Generic[R]):
@@ -78,7 +87,7 @@ async def wait_for_version(
     """Wait until ``serving(hold)``, the version that the sampler serves, has reached ``version``.
 
     ``hold`` is how many seconds the sampler may wait with its answer. Raises ``SamplerNotReadyError`` after ``ceiling``
-    seconds; a sampler that cannot be reached meanwhile is asked again.
+    seconds; a sampler that cannot be reached meanwhile is asked again, one that is gone for good is not.
     """
     started = asyncio.get_running_loop().time()
     pause, seen, trouble = _PAUSES[0], -1, ""
@@ -89,6 +98,8 @@ async def wait_for_version(
                 try:
                     seen = await serving(max(0.0, min(_HOLD, left)))
                 except TGTinkerError as error:
+                    if _is_final(error):
+                        raise
                     trouble = f"; the last answer was: {error}"
                 if seen >= version:
                     return
@@ -96,3 +107,9 @@ async def wait_for_version(
                 pause = min(2 * pause, _PAUSES[1])
     message = f"no sampler served version {version} within {ceiling:g} s (the newest seen was {seen}){trouble}"
     raise SamplerNotReadyError(message, version=version, waited=ceiling)
+
+
+def _is_final(error: TGTinkerError) -> bool:
+    """Whether asking again is no use; a 404 without a code may come from a proxy before the sampler is up."""
+    gone = isinstance(error, ResourceNotFoundError) and error.resource_type is not None
+    return gone or isinstance(error, _FINAL)

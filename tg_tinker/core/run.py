@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -49,6 +49,7 @@ class RunCore:
         self.name = name
         self.headers = dict(headers or {})
         self.closed = False
+        self.at_close: list[Callable[[], None]] = []  # run once, in a worker thread, when this client is closed
         self._begin_anew()
         service.runs.add(self)
 
@@ -168,6 +169,8 @@ class RunCore:
         if self.closed:
             return
         self.closed = True
+        for finish in self.at_close:
+            await asyncio.to_thread(finish)
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()
@@ -185,7 +188,7 @@ class RunCore:
             body=call.numbered(number),
             headers={**self.headers, **call.headers, **(extra or {})},
             key=call.key,
-            timeout=call.timeout,
+            timeout=call.timeout or self.service.connection.timeout,
         )
 
     async def _await_direct(self, future: OperationFuture[R], operation: Operation[R]) -> R:

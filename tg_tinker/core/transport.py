@@ -78,6 +78,8 @@ class _Tries:
         """Wait for the next try, or raise ``failure`` where there is to be none."""
         if reply is not None and reply.status not in _TRANSIENT:
             raise failure
+        if isinstance(failure, ServerUnreachableError) and failure.url is None:
+            raise failure  # no server could be started here: the network is not to blame
         self._made += 1
         delay = self._policy.delay(self._made, None if reply is None else reply.retry_after())
         late = asyncio.get_running_loop().time() + delay > self._deadline
@@ -97,10 +99,12 @@ class Connection:
         policy: RetryPolicy | None = None,
         headers: Mapping[str, str] | None = None,
         verify_ssl: bool = True,
+        timeout: float = 60.0,
     ) -> None:
         self.endpoint = endpoint
         self.home = home
         self.policy = policy or RetryPolicy()
+        self.timeout = timeout  # seconds without a byte, where a call says nothing of its own
         self._headers = dict(headers or {})
         self._verify_ssl = verify_ssl
         self._session: aiohttp.ClientSession | None = None

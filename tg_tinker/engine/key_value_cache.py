@@ -46,6 +46,11 @@ class Pool:
         self.members: list[SlotSequence | None] = []
         self._rows = 0
 
+    @property
+    def used(self) -> bool:
+        """Whether any row has a sequence."""
+        return any(member is not None for member in self.members)
+
     def take_row(self) -> int:
         """Find a row that nobody uses, making more where there is none."""
         if None in self.members:
@@ -123,7 +128,9 @@ class KeyValueCache:
         self._vacate(sequence.pool, sequence.row)
 
     def pools(self) -> list[Pool]:
-        """Give the pools, compacted, the shortest first."""
+        """Give the pools that are in use, compacted, the shortest first."""
+        for capacity in [capacity for capacity, pool in self._pools.items() if not pool.used]:
+            del self._pools[capacity]  # made for a sequence that then found no memory
         pools = [self._pools[capacity] for capacity in sorted(self._pools)]
         for pool in pools:
             pool.compact()
@@ -131,7 +138,7 @@ class KeyValueCache:
 
     def _vacate(self, pool: Pool, row: int) -> None:
         pool.members[row] = None
-        if all(member is None for member in pool.members):
+        if not pool.used:
             del self._pools[pool.capacity]
 
     def _pool(self, tokens: int) -> Pool:

@@ -121,7 +121,8 @@ class Sampler:
         """Give every running stream a token."""
         running = list(self._running.values())
         for sequence in self._attempt(running, self._decoder.crowded) or ():
-            self._attempt([self._running[sequence]], partial(self._decoder.grow, sequence))
+            if sequence in self._running:  # it may have ended with another of its request that could not grow
+                self._attempt([self._running[sequence]], partial(self._decoder.grow, sequence))
         if self._running:
             self._deliver(self._attempt(list(self._running.values()), self._next_tokens))
 
@@ -191,6 +192,8 @@ class Sampler:
             self._deliver(self._attempt(drawing, lambda: self._draw(drawing, torch.cat(rows))))
         for job, _ in complete:
             for stream in list(job.streams):
+                if stream.ended:
+                    continue  # with another of its request that found no room
                 if not stream.remaining:
                     self._finish(stream, "length")
                 else:

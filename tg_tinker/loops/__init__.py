@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tg_tinker.futures import APIFuture, OperationFuture
     from tg_tinker.loops.service import ServiceClient
+    from tg_tinker.loops.tracking import Tracker, WandbConfig, WandbTracker
     from tg_tinker.loops.training import TrainingClient
     from tg_tinker.sampling import SamplingClient
     from tg_tinker.types.loops import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams
@@ -74,12 +75,16 @@ __all__ = [
     "StopReason",
     "SupportedModel",
     "TensorData",
+    "Tracker",
     "TrainingClient",
+    "WandbConfig",
+    "WandbTracker",
 ]
 
 _HOMES = {
     "tg_tinker.futures": "APIFuture OperationFuture",
     "tg_tinker.loops.service": "ServiceClient",
+    "tg_tinker.loops.tracking": "Tracker WandbConfig WandbTracker",
     "tg_tinker.loops.training": "TrainingClient",
     "tg_tinker.sampling": "SamplingClient",
     "tg_tinker.types.loops": "AdamParams Datum EncodedTextChunk ModelInput SamplingParams",

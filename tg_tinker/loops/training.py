@@ -6,9 +6,11 @@ Made by ``ServiceClient.create_lora_training_client``. The TG client of the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, Unpack, final
+
+import attrs
 
 from tg_tinker.core.call import Call, Composed, Flow, Options, call
 from tg_tinker.core.lane import Place
@@ -19,6 +21,7 @@ from tg_tinker.faces import blocking, composed, composed_twin, operation, twin
 from tg_tinker.loops import custom, plane
 from tg_tinker.loops.custom import CustomLoss
 from tg_tinker.loops.paired import PairedSampler
+from tg_tinker.loops.tracking import Progress, Tracker, tracker_of
 from tg_tinker.sampling import SamplingClient
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import arguments, checks, losses
@@ -72,6 +75,7 @@ class TrainingClient:
         self._rank = lora_rank
         self._max_seq_len = run.max_seq_len or max_seq_len
         self._paired = PairedSampler(self._core, run, tokenizers, timeout=timeout)
+        self._progress: Progress | None = None
 
     def __repr__(self) -> str:
         """Run, model, rank."""
@@ -93,6 +97,16 @@ class TrainingClient:
         """The run that this client is bound to."""
         return self._run.id
 
+    def track(self, tracker: Tracker) -> None:
+        """Tell a tracker of every optimizer step from the next one on; closing this client finishes the tracker.
+
+        Raises ``InvalidRequestError`` where it is none, or there is one already.
+        """
+        if self._progress is not None or tracker_of(None, tracker) is None:
+            raise checks.refuse("tracker", "one tracker of a client, with log(metrics, step) and finish()", tracker)
+        self._progress = Progress(tracker)
+        self._core.at_close.append(self._progress.finish)
+
     # -------------------------------------------------------------------------------------------- training
 
     @operation
@@ -106,7 +120,9 @@ class TrainingClient:
 
         Raises ``InvalidRequestError`` naming datum and tensor, the loss, or the config key.
         """
-        return self._pass(loops.FORWARD_BACKWARD, data, loss_fn, loss_fn_config, adds_gradient=True)
+        made = self._pass(loops.FORWARD_BACKWARD, data, loss_fn, loss_fn_config, adds_gradient=True)
+        told = None if self._progress is None else self._progress.expect_pass()
+        return made if told is None else attrs.evolve(made, on_result=told, eager=True)
 
     forward_backward_async = twin(forward_backward)
 
@@ -139,21 +155,32 @@ class TrainingClient:
         Raises ``InvalidRequestError`` naming the field; what ``loss_fn`` raises comes out of the future.
         """
         checked = custom.check(data, loss_fn, loss_type_input)
+        first = self._pass(loops.FORWARD, custom.for_forward(checked), "cross_entropy", custom.SUMMED)
+        told = None if self._progress is None else self._progress.expect_pass()
         return Composed(
-            first=self._pass(loops.FORWARD, custom.for_forward(checked), "cross_entropy", custom.SUMMED),
-            then=partial(self._custom_backward, checked, loss_fn, loss_type_input),
+            first=first,
+            then=partial(self._custom_backward, checked, loss_fn, loss_type_input, told),
             operation="forward_backward_custom",
             keeps_a_place=True,
         )
 
-    forward_backward_custom_async = composed_twin(forward_backward_custom)
+    forward_backward_custom_async = twin(forward_backward_custom)
 
     async def _custom_backward(
-        self, data: tuple[Datum, ...], loss_fn: CustomLoss, kind: str, seen: ForwardBackwardOutput, place: Place
+        self,
+        data: tuple[Datum, ...],
+        loss_fn: CustomLoss,
+        kind: str,
+        told: Callable[[ForwardBackwardOutput], None] | None,
+        seen: ForwardBackwardOutput,
+        place: Place,
     ) -> ForwardBackwardOutput:
         weighted, loss, metrics = await custom.evaluate(data, loss_fn, kind, seen)
         second = self._pass(loops.FORWARD_BACKWARD, weighted, "cross_entropy", custom.SUMMED, adds_gradient=True)
-        return custom.merged(await self._core.start(second, place), loss, metrics)
+        output = custom.merged(await self._core.start(second, place), loss, metrics)
+        if told is not None:
+            told(output)
+        return output
 
     @operation
     def optim_step(self, adam_params: AdamParams) -> Call[OptimStepResponse]:
@@ -163,7 +190,9 @@ class TrainingClient:
         """
         if not isinstance(adam_params, AdamParams):
             raise checks.refuse("adam_params", "an AdamParams", adam_params)
-        return self._submit(loops.OPTIM_STEP, loops.OptimStepRequest(adam_params=adam_params), applies_gradient=True)
+        made = self._submit(loops.OPTIM_STEP, loops.OptimStepRequest(adam_params=adam_params), applies_gradient=True)
+        told = None if self._progress is None else self._progress.expect_step()
+        return made if told is None else attrs.evolve(made, on_result=told, eager=True)
 
     optim_step_async = twin(optim_step)
 
@@ -311,7 +340,7 @@ class TrainingClient:
     health_async = twin(health)
 
     def close(self) -> None:
-        """Refuse further calls and report what was never waited for; the service's connection stays open."""
+        """Refuse further calls, report what was never waited for, finish the tracker; the service stays open."""
         self._core.home.check_blocking("close()")
         self._core.home.run(self._core.aclose())
 

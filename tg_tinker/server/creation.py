@@ -17,6 +17,7 @@ from tg_tinker.server.checkpoint_uri import CheckpointUri
 from tg_tinker.server.models import Model
 from tg_tinker.server.private import PrivateTraining
 from tg_tinker.server.runs import Run, Surface
+from tg_tinker.server.ticket_book import key_reused
 from tg_tinker.server.tickets import Ticket, outcome_of
 from tg_tinker.types import checks
 from tg_tinker.types.config import DPConfig, TrainingConfig
@@ -35,20 +36,23 @@ class Creation:
 
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
-        self._made: dict[tuple[str, str], asyncio.Task[Run]] = {}
+        self._made: dict[tuple[str, str], tuple[object, asyncio.Task[Run]]] = {}  # what was asked for, and its making
 
     async def tg_run(self, tenant: str, config: TrainingConfig, checkpoint_id: str | None, key: str | None) -> Run:
         """A run of the TG surface, from a saved state if one is named; a retried request gets the same run."""
-        return await self._once(tenant, key, lambda: self._tg_run(tenant, config, checkpoint_id))
+        return await self._once(
+            tenant, key, (config, checkpoint_id), lambda: self._tg_run(tenant, config, checkpoint_id)
+        )
 
     async def loops_run(self, tenant: str, request: loops.TrainerRequest, key: str | None) -> Run:
         """A run of the Loops surface, likewise."""
-        return await self._once(tenant, key, lambda: self._loops_run(tenant, request))
+        return await self._once(tenant, key, request, lambda: self._loops_run(tenant, request))
 
     async def end(self, run: Run) -> None:
         """Forget a run; whatever it still had to do is cancelled, its artifacts stay."""
         self._rooms.runs.remove(run)
         self._rooms.samplers.forget(run)
+        self._made = {key: made for key, made in self._made.items() if not _made_it(made[1], run)}
         await self._rooms.registry.delete(run)
         self._rooms.auditing.happened(
             run.tenant, "delete_training_client", f"{run.id}/delete", training_client_id=run.id
@@ -57,13 +61,17 @@ class Creation:
             if ticket.run_id == run.id and not ticket.done:
                 await self._rooms.tickets.cancel(ticket)
 
-    async def _once(self, tenant: str, key: str | None, make: Callable[[], Coroutine[Any, Any, Run]]) -> Run:
+    async def _once(
+        self, tenant: str, key: str | None, asked: object, make: Callable[[], Coroutine[Any, Any, Run]]
+    ) -> Run:
         """Make it in a task of its own: the request may go away, a retry of it then waits for the same task."""
-        task = self._made.get((tenant, key)) if key is not None else None
+        known, task = self._made.get((tenant, key), (asked, None)) if key is not None else (asked, None)
+        if known != asked:
+            raise key_reused()
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(make(), name="create a run")
             if key is not None:
-                self._made[tenant, key] = task
+                self._made[tenant, key] = asked, task
                 while len(self._made) > KEPT_KEYS:
                     del self._made[next(iter(self._made))]
         return await asyncio.shield(task)
@@ -179,6 +187,10 @@ def loops_spec(config: Mapping[str, Any]) -> dict[str, Any]:
 def loops_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """The other arguments of a Loops run's trainer."""
     return {"reduction": "token_mean", "seed": config["seed"], "max_length": config["max_seq_len"]}
+
+
+def _made_it(task: asyncio.Task[Run], run: Run) -> bool:
+    return task.done() and not task.cancelled() and task.exception() is None and task.result() is run
 
 
 def _refuse_unsupported(config: TrainingConfig) -> None:

@@ -133,11 +133,10 @@ class Journal:
         return [Stored(row).info() for row in rows]
 
     async def recover(self) -> None:
-        """Fail what dead servers left unfinished, and forget results that were kept long enough."""
+        """Fail what dead servers left unfinished."""
         for owner in await self._database.owners_of_unfinished():
             if self._ownership.is_dead(owner):
                 await self._abandon(owner)
-        await self._database.sweep_futures(datetime.now(UTC))
 
     async def flush(self) -> None:
         """Wait until everything noted so far is written."""

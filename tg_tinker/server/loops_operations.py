@@ -41,8 +41,8 @@ def forward_backward(
 ) -> Steps[results.ForwardBackwardOutput]:
     """A pass that adds gradients."""
     run.check_trainable()
-    rows = engine.rows(request.data)
-    return _pass_output((yield from run.train(ticket, rows, request.loss_fn, request.loss_fn_config)))
+    output = yield from run.train(ticket, lambda: engine.rows(request.data), request.loss_fn, request.loss_fn_config)
+    return _pass_output(output)
 
 
 def optim_step(

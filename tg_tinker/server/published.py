@@ -38,7 +38,7 @@ class Published:
 
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
-        self._read: OrderedDict[str, asyncio.Task[Weights]] = OrderedDict()
+        self._read: OrderedDict[tuple[Model, str], asyncio.Task[Weights]] = OrderedDict()
         self._found: dict[tuple[str, CheckpointUri], tuple[float, str]] = {}
 
     def newest(self, run: Run) -> Weights:
@@ -90,11 +90,11 @@ class Published:
         return artifact_id
 
     async def _from_disk(self, tenant: str, model: Model, artifact_id: str) -> Weights:
-        task = self._read.get(artifact_id)
+        task = self._read.get((model, artifact_id))
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(self._load(tenant, model, artifact_id), name=f"read {artifact_id}")
-            self._read[artifact_id] = task
-        self._read.move_to_end(artifact_id)
+            self._read[model, artifact_id] = task
+        self._read.move_to_end((model, artifact_id))
         while len(self._read) > KEPT:
             self._read.popitem(last=False)
         return await asyncio.shield(task)

@@ -26,6 +26,7 @@ from tg_tinker.server.runs import Runs
 from tg_tinker.server.samplers import Samplers
 from tg_tinker.server.scheduler import Scheduler, tell
 from tg_tinker.server.settings import Settings
+from tg_tinker.server.sweeping import Sweeping
 from tg_tinker.server.ticket_book import Tickets
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Rooms:
         self.journal: Journal
         self.registry: Registry
         self.auditing: Auditing
+        self.sweeping: Sweeping
         self.exports: Exports
         self._ownership: Ownership
         # A daemon: the server may end while torch is still being imported, and nobody should wait for that.
@@ -105,6 +107,7 @@ class Rooms:
         await self._close_storage()
 
     async def _close_storage(self) -> None:
+        await self.sweeping.aclose()
         await self.journal.aclose()
         await self.auditing.aclose()
         await self.database.close()
@@ -124,8 +127,10 @@ class Rooms:
         self.registry = Registry(self.database, files.ownership)
         self.auditing = Auditing(AuditLog(self.database, files.signer), files.secret)
         await self.journal.recover()
+        self.sweeping = Sweeping(self.store, self.database)
         self.journal.start()
         self.auditing.start()
+        self.sweeping.start()
         self.tickets.on_accept += [self.journal.note, self.auditing.accepted]
         self.tickets.on_end += [self.journal.note, self.auditing.ended]
 

@@ -6,7 +6,7 @@ the methods here that touch the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +73,7 @@ class Run:
         self.named: dict[tuple[str, str], tuple[str, int]] = {}  # (kind, name) -> artifact id, version; whole values
         self.broken: str | None = None
         self._carried: dict[str, dict[str, Any]] = {}  # releases behind weights that a run without DP started from
-        self._failed: list[tuple[Ticket, BaseException]] = []  # passes since the last step; device thread
+        self._failed: list[tuple[Ticket, str]] = []  # passes since the last step, and why; device thread
 
     def __repr__(self) -> str:
         """Id, step, status."""
@@ -115,21 +115,23 @@ class Run:
         return self._frozen
 
     def train(
-        self, ticket: Ticket, rows: Sequence[Any], loss_fn: str = "cross_entropy", config: Any = None
+        self, ticket: Ticket, read: Callable[[], Sequence[Any]], loss_fn: str = "cross_entropy", config: Any = None
     ) -> Generator[None, None, PassOutput]:
-        """A pass that adds gradients; if it fails or is stopped, all that was accumulated is dropped."""
+        """A pass over the rows that ``read`` gives; if it fails or is stopped, all that was accumulated is dropped."""
         try:
+            rows = read()
             if self.privacy is not None:
                 self.privacy.admit(rows, loss_fn, step=self.step + 1)
-        except TGTinkerError as error:
-            self._failed.append((ticket, error))
+        # Whatever it is: nothing was added, and the step behind this pass must not be taken without it.
+        except Exception as error:
+            self._failed.append((ticket, _cause(error)))
             raise
         try:
             return (yield from self.trainer.forward_backward(rows, loss_fn, config))
         # Not only errors: one that is cancelled half-way (GeneratorExit) leaves half a gradient behind.
         except BaseException as error:
             self.discard_gradients()
-            self._failed.append((ticket, error))
+            self._failed.append((ticket, _cause(error)))
             raise
 
     def discard_gradients(self) -> None:
@@ -141,14 +143,13 @@ class Run:
     def check_gradients(self, ticket: Ticket) -> None:
         """Refuse a step that was accepted before its client could know that a pass before it had failed."""
         failed, self._failed = self._failed, []
-        for culprit, error in failed:
+        for culprit, cause in failed:
             if culprit.failure_told is None or culprit.failure_told > ticket.accepted:
                 self.discard_gradients()
-                cause = getattr(error, "message", str(error)) or "it was cancelled"
                 message = (
                     f"{ticket.operation} was not taken: {culprit.operation} {culprit.id} before it failed: {cause}"
                 )
-                raise OperationFailedError(message, operation=ticket.operation) from error
+                raise OperationFailedError(message, operation=ticket.operation)
 
     def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:
         """Apply the accumulated gradients; a step that breaks in the middle leaves the run "failed"."""
@@ -190,6 +191,11 @@ class Run:
         self._frozen = None
         self._failed.clear()
         self.broken = None
+
+
+def _cause(error: BaseException) -> str:
+    """Say why a pass failed; the error itself would keep the pass's frames alive, and with them its batch."""
+    return str(getattr(error, "message", error)) or "it was cancelled"
 
 
 class Runs:

@@ -70,7 +70,12 @@ def load(
     counters = {key: value for key, value in loaded.counters.items() if key != KEY}
     complete = with_optimizer and bool(made["optimizer"])
     going_on = run.restore_privacy(made["privacy"], with_step=complete)
-    reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)
+    try:
+        reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)
+    except BaseException:
+        if run.privacy is not None:  # it no longer knows which examples the gathered gradient holds
+            run.discard_gradients()
+        raise
     if not going_on:
         run.trainer.discard_gradients()
     run.start_afresh()

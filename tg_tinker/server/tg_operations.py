@@ -25,12 +25,11 @@ def forward_backward(
 ) -> Steps[results.ForwardBackwardResult]:
     """A pass over a batch; in eval mode the loss alone."""
     begun = monotonic()
-    rows = engine.rows(request.batch)
     if request.mode == "eval":
-        output = yield from run.trainer.forward(rows)
+        output = yield from run.trainer.forward(engine.rows(request.batch))
     else:
         run.check_trainable()
-        output = yield from run.train(ticket, rows)
+        output = yield from run.train(ticket, lambda: engine.rows(request.batch))
     return results.ForwardBackwardResult(
         loss=output.loss,
         batch_hash=batch_hash,

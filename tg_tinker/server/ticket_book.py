@@ -21,6 +21,16 @@ from tg_tinker.server.tickets import Ticket
 MOST = 20_000  # ended tickets in memory at most, whatever their age
 
 
+def key_reused() -> InvalidRequestError:
+    """Say that an idempotency key came with another request than before."""
+    return InvalidRequestError(
+        "Idempotency-Key: this key was used for another request",
+        field="Idempotency-Key",
+        constraint="a new key for each operation",
+        code="IDEMPOTENCY_KEY_REUSED",
+    )
+
+
 class TicketReport:
     """Carries what the scheduler's threads say about a job to its ticket on the loop."""
 
@@ -75,12 +85,7 @@ class Tickets:
         if known is None:
             return None
         if (known.digest, known.run_id) != (ticket.digest, ticket.run_id):
-            raise InvalidRequestError(
-                "Idempotency-Key: this key was used for another request",
-                field="Idempotency-Key",
-                constraint="a new key for each operation",
-                code="IDEMPOTENCY_KEY_REUSED",
-            )
+            raise key_reused()
         return known
 
     def accept(self, ticket: Ticket, lane: Lane, begin: Begin) -> Ticket:

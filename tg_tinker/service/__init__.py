@@ -13,8 +13,8 @@ class ServiceClient(TGService, LoopsService):
 
     ``ServiceClient()`` runs a server on this machine, with its state in ``home``; ``ServiceClient(base_url=...)`` (or
     an ``api_key`` that is a URL) goes to one elsewhere. Arguments go before ``TG_TINKER_*`` in the environment, these
-    before ``TS_*``. ``timeout`` bounds one HTTP request, ``ready_timeout`` the creation of a client, both in seconds;
-    ``progress(stage, text)`` is told how a creation goes.
+    before ``TS_*``. ``timeout`` bounds the server's silence on one HTTP request, ``ready_timeout`` the creation of a
+    client, both in seconds; ``progress(stage, text)`` is told how a creation goes.
 
     Used plainly it lives on a loop thread of its own and takes calls from any thread and any loop; in ``async with`` it
     lives on the caller's loop. It may be shared by threads.

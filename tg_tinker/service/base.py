@@ -124,6 +124,7 @@ class ServiceBase:
             home,
             policy=RetryPolicy(count=self._settings.retry_count),
             verify_ssl=self._settings.verify_ssl,
+            timeout=self._settings.timeout,
             headers={"User-Agent": f"tg-tinker/{importlib.metadata.version('tg-tinker')}"},
         )
 

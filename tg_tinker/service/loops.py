@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
@@ -11,6 +12,7 @@ import attrs
 from tg_tinker.core.call import Call, Flow, call
 from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import plane
+from tg_tinker.loops.tracking import Tracker, WandbConfig, tracker_of
 from tg_tinker.loops.training import TrainingClient
 from tg_tinker.sampling import SamplingClient
 from tg_tinker.service.base import ServiceBase
@@ -43,8 +45,13 @@ class LoopsService(ServiceBase):
         *,
         name: str | None = None,
         dp_config: DPConfig | Mapping[str, Any] | None = None,
+        wandb_config: WandbConfig | None = None,
+        tracker: Tracker | None = None,
     ) -> Flow[TrainingClient]:
         """Create a run of the Loops surface; blocks until its model is loaded, ``ready_timeout`` seconds at most.
+
+        ``wandb_config`` (or a ``tracker`` of your own) is told loss, learning rate, gradient norm, tokens/s and epsilon
+        of every optimizer step.
 
         Every linear layer but the output head is adapted, with LoRA alpha 32. ``max_seq_len`` is in tokens; ``seed``
         None lets the server draw one.
@@ -57,12 +64,22 @@ class LoopsService(ServiceBase):
             replicas=_one("replicas", replicas),
             seed=None if seed is None else arguments.whole("seed", seed, 0, 2**63 - 1),
             max_seq_len=None if max_seq_len is None else arguments.whole("max_seq_len", max_seq_len, 1),
-            name=None if name is None else arguments.text("name", name),
+            name=arguments.optional_text("name", name),
             dp_config=_dp_fields(dp_config),
         )
-        return Flow(operation="create_lora_training_client", steps=partial(self._create_trainer, request))
+        steps = partial(self._create_tracked, request, wandb_config, tracker)
+        return Flow(operation="create_lora_training_client", steps=steps)
 
     create_lora_training_client_async = twin(create_lora_training_client)
+
+    async def _create_tracked(
+        self, request: loops.TrainerRequest, wandb_config: WandbConfig | None, tracker: Tracker | None
+    ) -> TrainingClient:
+        made = await self._create_trainer(request)
+        told = await asyncio.to_thread(tracker_of, wandb_config, tracker)  # last: W&B's run would outlive a failure
+        if told is not None:
+            made.track(told)
+        return made
 
     async def _create_trainer(self, request: loops.TrainerRequest) -> TrainingClient:
         if self._session is None:
@@ -74,7 +91,7 @@ class LoopsService(ServiceBase):
         made = self._trainer_of(run, request.lora_rank, request.max_seq_len)
         if not plane.is_ours(run.base_url):  # a published trainer has no adapter before it is told to make one
             await plane.wait_until_healthy(made.core, run, self.config.ready_timeout)
-            await made.core.start(made.init_call(request.lora_rank))
+            await made.core.start(made.init_call(request.lora_rank)).result_async(self.config.ready_timeout)
         self._report("ready", f"run {run.id} on {model}")
         return made
 
@@ -100,7 +117,8 @@ class LoopsService(ServiceBase):
         found = await plane.checkpoint_at(self.core, path)
         rank = DEFAULT_RANK if found.lora_adapter_config is None else found.lora_adapter_config.rank
         made = await self._create_trainer(loops.TrainerRequest(base_model=found.base_model, lora_rank=rank))
-        await made.core.start(made.load_call(path, with_optimizer=with_optimizer))
+        loading = made.core.start(made.load_call(path, with_optimizer=with_optimizer))
+        await loading.result_async(self.config.ready_timeout)
         return made
 
     @blocking
@@ -138,7 +156,7 @@ class LoopsService(ServiceBase):
         if (base_model is None) == (model_path is None):
             raise checks.refuse("base_model", "exactly one of base_model and model_path", base_model)
         request = loops.SamplerRequest(
-            base_model=None if base_model is None else arguments.text("base_model", base_model),
+            base_model=arguments.optional_text("base_model", base_model),
             model_path=None if model_path is None else plane.checkpoint_path(model_path, "model_path"),
             max_seq_length=None if max_seq_len is None else arguments.whole("max_seq_len", max_seq_len, 1),
         )

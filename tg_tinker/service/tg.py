@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from datetime import datetime
@@ -18,7 +19,7 @@ from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.futures import OperationFuture
 from tg_tinker.service.base import ServiceBase
-from tg_tinker.training import TrainingClient
+from tg_tinker.training import TrainingClient, json_object
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.types.results import ArtifactInfo, AuditLogEntry, TrainingClientInfo
@@ -54,6 +55,8 @@ class TGService(ServiceBase):
         checked = config if isinstance(config, TrainingConfig) else TrainingConfig.from_dict(config)
         if checkpoint_id is not None and not (isinstance(checkpoint_id, str) and checkpoint_id):
             raise checks.refuse("checkpoint_id", "the artifact_id of a saved state, or None", checkpoint_id)
+        json_object("metadata", checked.metadata)
+        json_object("optimizer.lr_scheduler_kwargs", checked.optimizer.lr_scheduler_kwargs)
         body = {**checked.to_dict(), **({"checkpoint_id": checkpoint_id} if checkpoint_id else {})}
         create = call(tg.CREATE, body, decode=self._view, timeout=self.config.ready_timeout)
         return Flow(operation="create_training_client", steps=partial(self._create, create, checked.model_ref))
@@ -137,8 +140,9 @@ class TGService(ServiceBase):
         """
         if status is not None and status not in FUTURE_STATUSES:
             raise checks.refuse("status", f"one of {', '.join(FUTURE_STATUSES)}, or None", status)
+        run = arguments.optional_text("training_client_id", training_client_id)
         limit = arguments.whole("limit", limit, 1, _PAGE)
-        return call(tg.FUTURES, query={"training_client_id": training_client_id, "status": status, "limit": limit})
+        return call(tg.FUTURES, query={"training_client_id": run, "status": status, "limit": limit})
 
     list_futures_async = twin(list_futures)
 
@@ -157,8 +161,8 @@ class TGService(ServiceBase):
     @blocking
     def list_artifacts(self, training_client_id: str | None = None, limit: int = 100) -> Call[list[ArtifactInfo]]:
         """List the tenant's artifacts, or those of one run, newest first."""
-        limit = arguments.whole("limit", limit, 1, _PAGE)
-        return call(tg.ARTIFACTS, query={"training_client_id": training_client_id, "limit": limit})
+        run = arguments.optional_text("training_client_id", training_client_id)
+        return call(tg.ARTIFACTS, query={"training_client_id": run, "limit": arguments.whole("limit", limit, 1, _PAGE)})
 
     list_artifacts_async = twin(list_artifacts)
 
@@ -195,6 +199,8 @@ class TGService(ServiceBase):
             whole_reply=True,
             timeout=self.config.timeout,
         )
+        if destination is not None and not isinstance(destination, str | os.PathLike):
+            raise checks.refuse("destination", "a file to write, or None", destination)
         return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination, progress))
 
     pull_artifact_async = twin(pull_artifact)
@@ -230,8 +236,8 @@ class TGService(ServiceBase):
     ) -> Call[list[AuditLogEntry]]:
         """Return entries of the tenant's audit log, oldest first; times without a zone are taken as local time."""
         query = {
-            "training_client_id": training_client_id,
-            "operation": operation,
+            "training_client_id": arguments.optional_text("training_client_id", training_client_id),
+            "operation": arguments.optional_text("operation", operation),
             "start_time": _time("start_time", start_time),
             "end_time": _time("end_time", end_time),
             "limit": arguments.whole("limit", limit, 1, _PAGE),
@@ -257,6 +263,8 @@ class TGService(ServiceBase):
         A log that was cut off or rewritten since a kept head was signed does not pass, nor one that another key signs.
         The result names the first entry that is changed, missing or unproven. Needs ``tg-tinker[verify]``.
         """
+        if not isinstance(heads, Sequence):
+            raise checks.refuse("heads", "a list of AuditHead", heads)
         return Flow(operation="verify_audit_log", steps=partial(self._verify, tuple(heads)))
 
     verify_audit_log_async = twin(verify_audit_log)
@@ -271,7 +279,8 @@ class TGService(ServiceBase):
             if not page:
                 break
             entries += page
-        return verify_audit_log(entries[: head.sequence], tenant_id=head.tenant_id, heads=[*kept, head])
+        check = partial(verify_audit_log, entries[: head.sequence], tenant_id=head.tenant_id, heads=[*kept, head])
+        return await asyncio.to_thread(check)  # hashing a long log would stall the loop
 
 
 def _submits(table: object) -> dict[str, Route[Any]]:

@@ -258,8 +258,9 @@ class CheckpointStore:
                 unfinished = path.suffix == files.TEMPORARY_SUFFIX or (
                     path.suffix == ".sealed" and not path.with_suffix(".json").exists()
                 )
-                if unfinished and path.stat().st_mtime < oldest:
-                    path.unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):  # another server has just renamed or removed it
+                    if unfinished and path.stat().st_mtime < oldest:
+                        path.unlink()
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:

@@ -149,7 +149,8 @@ class Database:
     async def save_futures(self, rows: Sequence[FutureRow]) -> None:
         """Store accepted or changed futures, all or none; a hundred cost hardly more than one.
 
-        Of several rows of one future the last one counts.
+        Of several rows of one future the last one counts. An idempotency key that is used again, once the server forgot
+        its first use, is the newer future's from then on.
         """
         column = tables.futures.c
         latest = {row.future_id: attrs.asdict(row, recurse=False) for row in rows}
@@ -158,14 +159,15 @@ class Database:
             known = {str(row[0]) for row in found}
             new = [fields for future_id, fields in latest.items() if future_id not in known]
             changed = [
-                {**fields, "at_id": future_id, "at_tenant": fields["tenant_id"]}
+                {**_without_key(fields), "at_id": future_id, "at_tenant": fields["tenant_id"]}
                 for future_id, fields in latest.items()
                 if future_id in known
             ]
             if new:
+                await _release_keys(connection, new)
                 await connection.execute(insert(tables.futures), new)
             if changed:
-                columns: dict[str, Any] = {name.name: bindparam(name.name) for name in tables.futures.columns}
+                columns: dict[str, Any] = {name: bindparam(name) for name in _without_key(next(iter(latest.values())))}
                 where = (column.future_id == bindparam("at_id")) & (column.tenant_id == bindparam("at_tenant"))
                 await connection.execute(update(tables.futures).where(where).values(columns), changed)
 
@@ -226,6 +228,24 @@ class Database:
     async def _all(self, kind: type[R], query: Select[Any]) -> list[R]:
         async with self.reading() as connection:
             return [kind(**row) for row in (await connection.execute(query)).mappings()]
+
+
+async def _release_keys(connection: AsyncConnection, new: Sequence[dict[str, Any]]) -> None:
+    """Take the idempotency keys of these futures away from whatever had them before: a tenant's key names one."""
+    keyed = {(fields["tenant_id"], fields["idempotency_key"]): fields["future_id"] for fields in new}
+    for fields in new:
+        if keyed[fields["tenant_id"], fields["idempotency_key"]] != fields["future_id"]:
+            fields["idempotency_key"] = None
+    taken = [{"at_tenant": tenant, "at_key": key} for tenant, key in keyed if key is not None]
+    if taken:
+        column = tables.futures.c
+        where = (column.tenant_id == bindparam("at_tenant")) & (column.idempotency_key == bindparam("at_key"))
+        await connection.execute(update(tables.futures).where(where).values(idempotency_key=None), taken)
+
+
+def _without_key(fields: dict[str, Any]) -> dict[str, Any]:
+    """Give the columns that an update writes: the idempotency key may belong to a newer future by now."""
+    return {name: value for name, value in fields.items() if name != "idempotency_key"}
 
 
 def _own(table: Table, tenant_id: str, **keys: str) -> ColumnElement[bool]:

@@ -67,7 +67,6 @@ class Channel(Generic[T]):
             stop()
 
     def _halt(self) -> None:
-        self._left = True
         if self._stop is not None:
             self._stop()
 
@@ -92,6 +91,7 @@ class Channel(Generic[T]):
 
     def leave(self) -> None:
         """Want no more: the source is closed. Does not wait, so it may be called by the garbage collector."""
+        self._left = True
         self._call_soon(self._halt)
 
     @property
@@ -101,12 +101,14 @@ class Channel(Generic[T]):
 
     def _ready(self) -> bool:
         """Whether there is something to take; if not, arm the latch for what comes next."""
-        if self._chunks or self._over:
+        if self._chunks or self._over or self._left:
             return True
         self._arrival = Latch()
         return bool(self._chunks) or self._over  # it may have come while the latch was changed
 
     def _take(self) -> T:
+        if self._left:
+            raise EOFError  # what was not read is dropped
         if not self._chunks:
             self.raise_refusal()
             raise EOFError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tg_tinker.types import checks
 
-__all__ = ["text", "whole"]
+__all__ = ["optional_text", "text", "whole"]
 
 
 def text(field: str, value: object) -> str:
@@ -12,6 +12,11 @@ def text(field: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise checks.refuse(field, "a non-empty string", value)
     return value
+
+
+def optional_text(field: str, value: object) -> str | None:
+    """A non-empty string, or None."""
+    return None if value is None else text(field, value)
 
 
 def whole(field: str, value: object, low: int, high: int | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types import arrays, checks
+from tg_tinker.types import arguments, arrays, checks
 from tg_tinker.types.tokens import end_of_text, padding
 
 if TYPE_CHECKING:
@@ -85,8 +85,12 @@ class BatchData:
         """
         if isinstance(texts, str) or not texts:
             raise checks.refuse("texts", "a non-empty list of strings", texts)
+        longest = None if max_length is None else arguments.whole("max_length", max_length, 1)
         end = end_of_text(tokenizer)
-        rows = [[*tokenizer.encode(text), *end][:max_length] for text in texts]
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise checks.refuse(f"texts[{index}]", "a string", text)
+        rows = [[*tokenizer.encode(text), *end][:longest] for text in texts]
         width = max(map(len, rows))
         pad = padding(tokenizer)
         return cls(

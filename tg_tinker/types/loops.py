@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import attrs
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.types import arrays, checks
+from tg_tinker.types import arguments, arrays, checks
 from tg_tinker.types.tensor import TensorData
 from tg_tinker.types.tokens import end_of_text
 from tg_tinker.types.value import Value
@@ -64,6 +64,8 @@ class EncodedTextChunk:
 
 
 def _chunks(chunks: Sequence[EncodedTextChunk]) -> tuple[EncodedTextChunk, ...]:
+    if not isinstance(chunks, Sequence):
+        raise checks.refuse("chunks", "a list of EncodedTextChunk", chunks)
     return tuple(chunks)
 
 
@@ -162,13 +164,14 @@ class Datum:
 
         ``max_length`` (tokens) cuts the end. The texts are encoded apart, so the prompt is tokenized as for sampling.
         """
+        longest = None if max_length is None else arguments.whole("max_length", max_length, 1)
         end = end_of_text(tokenizer)
         head = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         tail = tokenizer.encode(answer, add_special_tokens=False) + end if isinstance(answer, str) else list(answer)
         for field, encoded in (("prompt", head), ("answer", tail)):
             if not encoded:
                 raise checks.refuse(field, "at least one token", encoded)
-        tokens = [*head, *tail][:max_length]
+        tokens = [*head, *tail][:longest]
         targets = [-100] * (len(head) - 1) + tokens[len(head) :]
         if not tokens[len(head) :]:
             raise checks.refuse("max_length", f"room for the prompt's {len(head)} tokens and some answer", max_length)

@@ -30,11 +30,13 @@ class TensorData:
     dtype: str
 
     def __init__(self, data: object, dtype: str = "float32", shape: Sequence[int] | None = None) -> None:
-        if dtype not in arrays.DTYPES:
+        if not isinstance(dtype, str) or dtype not in arrays.DTYPES:
             raise checks.refuse("dtype", f"one of {', '.join(arrays.DTYPES)}", dtype)
         whole = dtype.startswith("int") or dtype == "bool"
         array = arrays.whole_numbers(data, "data") if whole else arrays.as_array(_nan_for_none(data), "data")
-        array = array.astype(arrays.DTYPES[dtype], copy=False)
+        given, array = array, array.astype(arrays.DTYPES[dtype], copy=False)
+        if whole and (array != given).any():
+            raise checks.refuse("data", f"values that fit {dtype}", data)
         if shape is not None:
             wanted = tuple(arrays.whole_numbers(shape, "shape").tolist())
             if any(size < 0 for size in wanted) or math.prod(wanted) != array.size:

@@ -128,16 +128,16 @@ def read_response(body: Mapping[str, Any], answered: Mapping[str, str], prompt: 
         choices = sorted(body["choices"], key=lambda choice: choice.get("index", 0))
         sequences = tuple(_sequence(choice) for choice in choices)
         tables = choices[0].get("prompt_logprobs") if choices else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise ServerError(f"the sampler's answer is not a completion: {error!r}") from error
-    version = answered.get(headers.SERVED_POLICY_VERSION)
-    return SampleResponse(
-        sequences=sequences,
-        policy_version=None if version is None else int(version),
-        prompt_token_ids=tuple(prompt),
-        prompt_logprobs=_chosen(tables, prompt),
-        topk_prompt_logprobs=_tables(tables),
-    )
+        version = answered.get(headers.SERVED_POLICY_VERSION)
+        return SampleResponse(
+            sequences=sequences,
+            policy_version=None if version is None else int(version),
+            prompt_token_ids=tuple(prompt),
+            prompt_logprobs=_chosen(tables, prompt),
+            topk_prompt_logprobs=_tables(tables),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ServerError(f"the sampler's answer is not a completion: {error!r}", code="BAD_ANSWER") from error
 
 
 def _sequence(choice: Mapping[str, Any]) -> SampledSequence:

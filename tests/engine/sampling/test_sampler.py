@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from tg_tinker.engine.key_value_cache import Pool
 from tg_tinker.engine.sampler import Sampler
 from tg_tinker.engine.slot_decoder import SlotDecoder
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, ServerError
@@ -290,6 +291,37 @@ def test_an_engine_failure_fails_those_it_concerns(kit, base, monkeypatch, where
     assert isinstance(hit.error, expected)
     assert hit.error.code == code
     assert later.result.tokens == kit.run(Sampler(base), kit.request(kit.prompt(5)))[0].tokens
+
+
+@pytest.mark.parametrize("begun", [0, 3])
+def test_requests_that_end_together_leave_nothing_behind(kit, base, monkeypatch, begun):
+    """Where one of several finds no memory, at its start or later, its listener may cancel the rest; others go on."""
+    sampler, errors, handles = Sampler(base, prefix_cache_bytes=0), [], []
+    original, rows = Pool.take_row, []
+
+    def failing(pool):
+        rows.append(pool)
+        if len(rows) == begun + 1:
+            raise MemoryError
+        return original(pool)
+
+    class Together:
+        def on_token(self, *news): ...
+
+        def on_done(self, generation): ...
+
+        def on_error(self, error):
+            errors.append(error.code)
+            for handle in handles:
+                sampler.cancel(handle)
+
+    monkeypatch.setattr(Pool, "take_row", failing)
+    request = kit.request(kit.prompt(3), max_tokens=200)
+    handles += [sampler.submit(request, Together()) for _ in range(3)]
+    kit.drain(sampler)
+    assert (errors, sampler._running) == (["OUT_OF_MEMORY"], {})
+    (later,) = kit.run(sampler, kit.request(kit.prompt(5)))
+    assert later.tokens == kit.run(Sampler(base), kit.request(kit.prompt(5)))[0].tokens
 
 
 def test_a_diverged_adapter_fails_alone(kit, base):

@@ -25,7 +25,7 @@ async def list_futures(request: web.Request) -> web.Response:
         common.tenant_of(request),
         run_id=request.query.get("training_client_id"),
         status=request.query.get("status"),
-        limit=int(common.number(request, "limit", 100)),
+        limit=min(1000, int(common.number(request, "limit", 100))),
     )
     return common.reply(listed)
 

@@ -1,0 +1,35 @@
+"""Failures as values: each look makes a fresh exception that says the same."""
+
+from __future__ import annotations
+
+import pytest
+
+from tg_tinker.errors import Failure
+
+
+class RewardError(Exception):
+    """As users write them: the constructor takes other arguments than it hands on."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(f"step {step}: {reason}")
+        self.step = step
+
+
+def test_an_exception_of_the_users_own_comes_out_as_it_went_in() -> None:
+    """Class, message, attributes and notes survive, though the constructor cannot be called with ``args``."""
+    error = RewardError(3, "no reward")
+    error.add_note("first")
+    again = Failure.of(error).with_note("second").error()
+    assert isinstance(again, RewardError)
+    assert again is not error
+    assert (str(again), again.step, again.__notes__) == ("step 3: no reward", 3, ["first", "second"])
+    assert Failure.of(error).error().__notes__ == ["first"]
+
+
+@pytest.mark.parametrize("error", [OSError(2, "no such file"), KeyError("x"), SystemExit(3)], ids=repr)
+def test_a_builtin_exception_is_made_by_its_own_constructor(error: BaseException) -> None:
+    """What the constructors of builtins set beside ``args`` is set again."""
+    again = Failure.of(error).error()
+    assert repr(again) == repr(error)
+    assert getattr(again, "errno", None) == getattr(error, "errno", None)
+    assert getattr(again, "code", None) == getattr(error, "code", None)
