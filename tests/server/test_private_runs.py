@@ -120,6 +120,21 @@ async def test_the_ledger_is_never_rolled_back(real):
     assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 2
 
 
+async def test_a_run_without_privacy_launders_nothing(real):
+    """Steps without privacy on private weights have no bound: a private run that goes on from there says so."""
+    run = await make(real)
+    await real.run(f"{run}/forward_backward", batch(10))
+    await real.run(f"{run}/optim_step")
+    saved = (await real.post(f"{run}/save_state")).json["artifact_id"]
+    plain = await real.create(TINY, lora_config={"rank": 4, "dropout": 0.0}, checkpoint_id=saved)
+    await real.run(f"{plain}/forward_backward", batch(20))
+    await real.run(f"{plain}/optim_step")
+    carried = (await real.post(f"{plain}/save_state")).json["artifact_id"]
+    heir = await make(real, checkpoint_id=carried)
+    report = (await real.get(f"{heir}/privacy")).json
+    assert (report["epsilon_is_infinite"], report["total_epsilon"], report["steps"]) == (True, None, 2)
+
+
 async def test_an_example_enters_a_step_once(real):
     """The same row twice within a step is refused by place; in the next step it is welcome."""
     run = await make(real)
