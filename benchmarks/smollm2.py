@@ -24,7 +24,8 @@ _GOALS = {1: 14.0, 16: 90.0, 32: 110.0}  # streams -> tokens/s
 def run(options: Options) -> list[Figure]:
     """The engine first, then the stack."""
     folder = smollm2_folder()
-    figures = engine_training.compare(folder, options, shapes=((4, 128), (8, 256)), rounds=3)
+    shapes = ((4, 128),) if options.quick else ((4, 128), (8, 256))
+    figures = engine_training.compare(folder, options, shapes=shapes, rounds=3)
     figures += engine_sampling.compare(folder, options, streams=(1, 8, 32), rounds=3)
     engine = [attrs.evolve(figure, name=f"engine: {figure.name}") for figure in figures]
     with TemporaryDirectory() as home:
