@@ -128,7 +128,7 @@ def test_the_thread_count_is_measured(monkeypatch, seconds, chosen):
     monkeypatch.setattr("torch.set_num_threads", used.append)
     monkeypatch.setattr(threads, "_candidates", lambda: sorted(seconds))
     monkeypatch.setattr(threads, "_seconds", lambda _: seconds[used[-1]])
-    model = SimpleNamespace(num_parameters=lambda: 1000)
+    model = SimpleNamespace(num_parameters=lambda: 10**9)
     base = SimpleNamespace(name="m", model=model, device=SimpleNamespace(type="cpu"))
     measured = threads.Threads(None)
     measured.fit(base)
@@ -137,6 +137,14 @@ def test_the_thread_count_is_measured(monkeypatch, seconds, chosen):
     measured.fit(base)
     threads.Threads(3).fit(base)
     assert len(used) == count
+
+
+def test_a_small_model_gets_one_thread_unmeasured(monkeypatch):
+    """A small model computes on the one thread that ``prepare`` set, however quiet the machine is at the moment."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("torch.set_num_threads", lambda count: pytest.fail(f"set to {count}"))
+    model = SimpleNamespace(num_parameters=lambda: 7_000_000)
+    threads.Threads(None).fit(SimpleNamespace(name="m", model=model, device=SimpleNamespace(type="cpu")))
 
 
 def test_the_application_starts_without_the_engine():

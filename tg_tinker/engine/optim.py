@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 import attrs
 import torch
 from torch import Tensor, nn
-from transformers import Adafactor
 
 from tg_tinker.engine.adapters import check_tensors
 from tg_tinker.engine.schedules import CYCLES, learning_rate_at
@@ -156,6 +155,8 @@ def _sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
 
 def _adafactor(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     """Take the learning rate as given: no scaling by parameter size, no schedule inside (as the HF Trainer does)."""
+    from transformers import Adafactor  # brings the whole trainer of transformers along
+
     return Adafactor(parameters, lr=0.0, scale_parameter=False, relative_step=False, warmup_init=False)
 
 

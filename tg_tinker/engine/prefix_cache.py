@@ -75,6 +75,7 @@ class PrefixCache:
         """Take the budget in bytes; 0 keeps nothing."""
         self._budget = budget
         self._clock = 0
+        self._at_most = 0  # bytes: adapters that were collected may have taken some of them along
         self._base_alone = _BaseAlone()
         self._shelves: WeakKeyDictionary[FrozenAdapter | _BaseAlone, dict[str | None, _Shelf]] = WeakKeyDictionary()
 
@@ -122,12 +123,16 @@ class PrefixCache:
         entry.used = self._clock
 
     def _make_room(self, size: int) -> None:
-        room = self._budget - self.size
-        for shelf, entry in sorted(self._entries(), key=lambda pair: pair[1].used) if room < size else ():
-            if room >= size:
-                return
+        self._at_most += size
+        if self._at_most <= self._budget:
+            return
+        kept = self.size + size
+        for shelf, entry in sorted(self._entries(), key=lambda pair: pair[1].used) if kept > self._budget else ():
+            if kept <= self._budget - self._budget // 8:  # more than needed, so that this does not happen at every put
+                break
             shelf.drop(entry)
-            room += entry.size
+            kept -= entry.size
+        self._at_most = kept
 
     def _entries(self) -> Iterator[tuple[_Shelf, _Entry]]:
         for shelves in list(self._shelves.values()):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("tg_tinker.server")
 _BATCH = 500  # events of one transaction
+_LINGER = 0.1  # seconds that a write waits for more: the next operation, which goes first, is often just arriving
 _RETRY = 5.0  # seconds until a write that failed is tried again
 
 
@@ -110,6 +111,8 @@ class Auditing:
     async def _run(self) -> None:
         while not (self._closing and not self._events):
             await self._changed.wait()
+            if not self._closing:
+                await asyncio.sleep(_LINGER)
             self._changed.clear()
             try:
                 while self._events:

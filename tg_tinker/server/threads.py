@@ -19,6 +19,7 @@ _log = logging.getLogger("tg_tinker.server")
 WORTH = 0.85  # more threads must bring the time down to this share of what fewer take
 ROUNDS = 3
 POSITIONS = 64
+SMALL = 30_000_000  # parameters: below it one thread is best for decoding, and two collapse when others want the cores
 
 
 class Threads:
@@ -38,7 +39,7 @@ class Threads:
     def fit(self, base: BaseModel) -> None:
         """Choose for a model that was just loaded; on the device thread, which waits about a second."""
         size = base.model.num_parameters()
-        if self._fixed is not None or base.device.type != "cpu" or size <= self._largest:
+        if self._fixed is not None or base.device.type != "cpu" or size <= max(self._largest, SMALL):
             return
         import torch
 
