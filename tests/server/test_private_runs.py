@@ -127,12 +127,20 @@ async def test_a_run_without_privacy_launders_nothing(real):
     await real.run(f"{run}/optim_step")
     saved = (await real.post(f"{run}/save_state")).json["artifact_id"]
     plain = await real.create(TINY, lora_config={"rank": 4, "dropout": 0.0}, checkpoint_id=saved)
+    assert (await real.run(f"{plain}/optim_step"))["status"] == "failed"  # without gradients: not a step
+    untouched = (await real.post(f"{plain}/save_state")).json["artifact_id"]
     await real.run(f"{plain}/forward_backward", batch(20))
     await real.run(f"{plain}/optim_step")
     carried = (await real.post(f"{plain}/save_state")).json["artifact_id"]
+    bounded = await make(real, checkpoint_id=untouched)
+    assert (await real.get(f"{bounded}/privacy")).json["epsilon_is_infinite"] is False
     heir = await make(real, checkpoint_id=carried)
     report = (await real.get(f"{heir}/privacy")).json
     assert (report["epsilon_is_infinite"], report["total_epsilon"], report["steps"]) == (True, None, 2)
+    limited = await make(real, checkpoint_id=carried, dp_config={"target_epsilon": 1e6})
+    refused = await real.run(f"{limited}/forward_backward", batch(30))
+    assert refused["error"]["code"] == "DP_BUDGET_EXCEEDED"
+    assert refused["error"]["details"]["current_epsilon"] is None
 
 
 async def test_an_example_enters_a_step_once(real):

@@ -154,22 +154,24 @@ class Run:
     def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:
         """Apply the accumulated gradients; a step that breaks in the middle leaves the run "failed"."""
         metrics = None if self.privacy is None else self.privacy.release(self.trainer, noise=noise)
-        self._note_open_step()
         self._frozen = None
         try:
-            return self.trainer.optim_step(optimizer), metrics
+            output = self.trainer.optim_step(optimizer)
         except TGTinkerError:
             raise
         # Whatever else it is, weights and moments may no longer belong together.
         except BaseException as error:
             self.broken = f"{type(error).__name__}: {error}"
+            self._note_open_step()
             raise
+        self._note_open_step()
+        return output, metrics
 
     def _note_open_step(self) -> None:
         """A step without privacy, on weights that rest on private ones, is a release without noise: ε has no bound."""
         if self.privacy is None and self._carried:
             name, no_noise = f"{self.id}/open", {"noise_multiplier": 0.0, "max_grad_norm": 0.0, "sample_rate": 1.0}
-            self._carried[name] = {"release_id": name, "lineage": self.id, "step": self.step + 1, **no_noise}
+            self._carried[name] = {"release_id": name, "lineage": self.id, "step": self.step, **no_noise}
 
     def gradient_hash(self) -> str:
         """Digest the gathered gradient; keyed under differential privacy."""
