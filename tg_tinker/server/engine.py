@@ -83,6 +83,7 @@ class TorchEngine:
         try:
             from tg_tinker.engine import base_model, sampler, trainer
         finally:
+            gc.freeze()  # a million objects that stay: every later collection would go through them for half a second
             if collecting:
                 gc.enable()
         del base_model, sampler, trainer
