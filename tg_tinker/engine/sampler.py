@@ -111,6 +111,7 @@ class Sampler:
         self._end(stream)
         return True
 
+    @torch.inference_mode()  # over all of it: a tensor made in this mode may not be written to outside
     def step(self) -> None:
         """Do one tick: a token for every running request, then a piece of the prompts that wait."""
         self._decode()

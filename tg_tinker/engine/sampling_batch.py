@@ -30,7 +30,6 @@ class SamplingBatch:
         self._device = device
         self._settings = self._make_settings(vocab_size)
 
-    @torch.inference_mode()
     def sample(self, logits: Tensor) -> tuple[list[int], list[float]]:
         """Draw a token for every stream from ``logits`` (B, V); give tokens and logprobs (NaN: logits not finite)."""
         uniforms = [stream.uniform() for stream in self.streams]
@@ -43,7 +42,6 @@ class SamplingBatch:
         ids, values = torch.stack((tokens.double(), logprobs)).tolist()  # the one transfer of a tick
         return [int(token) for token in ids], values
 
-    @torch.inference_mode()
     def _make_settings(self, vocab_size: int) -> Settings:
         requests = [stream.request for stream in self.streams]
         temperatures = [request.temperature or 1.0 for request in requests]

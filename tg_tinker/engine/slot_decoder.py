@@ -83,7 +83,6 @@ class SlotDecoder:
             prompt.keys_values[:, :, :, : prompt.done] = prefix
         return prompt
 
-    @torch.inference_mode()
     def prefill(self, chunks: Sequence[Chunk]) -> Tensor:
         """Read the chunks; give the wanted logits (sum of wanted, vocabulary) in their order."""
         tokens = [token for chunk in chunks for token in chunk.prompt.tokens[chunk.prompt.done :][: chunk.count]]
@@ -120,7 +119,6 @@ class SlotDecoder:
         self._plan = None
         self._cache.grow(cast("SlotSequence", sequence))
 
-    @torch.inference_mode()
     def decode(self, tokens: Sequence[int]) -> Tensor:
         """Read one token for each sequence of ``batch``; give logits (B, vocabulary)."""
         plan = self._planned()
@@ -153,7 +151,6 @@ class SlotDecoder:
             self._plan = self._make_plan()
         return self._plan
 
-    @torch.inference_mode()
     def _make_plan(self) -> _Plan:
         spans: list[PoolSpan] = []
         sequences: list[SlotSequence] = []

@@ -114,7 +114,6 @@ class StepDecoder:
         del source
         return None
 
-    @torch.inference_mode()
     def _forward(self, tokens: tuple[int, ...], adapter: FrozenAdapter | None, cache: Any) -> tuple[Tensor, Any]:
         """Run the model over tokens that follow what ``cache`` holds; give logits (T, vocabulary) and the cache.
 

@@ -85,6 +85,21 @@ def test_requests_wait_for_a_slot_in_order(kit, base):
     assert order == [0, 1, 2, 3, 4]
 
 
+def test_requests_join_a_pool_that_has_shrunk(kit, base):
+    """After most of a crowd has ended, the places that are left take newcomers, and nobody's tokens change."""
+    sampler = Sampler(base)
+    crowd = kit.submit(sampler, *(kit.request(kit.prompt(4), max_tokens=3, seed=n) for n in range(20)))
+    (stays,) = kit.submit(sampler, kit.request(kit.prompt(5), max_tokens=30))
+    while not all(recorder.ended for recorder in crowd):
+        sampler.step()
+    for _ in range(3):  # the pool gives rows back as it decodes on
+        sampler.step()
+    (late,) = kit.submit(sampler, kit.request(kit.prompt(6), max_tokens=10))
+    kit.drain(sampler)
+    assert late.result.tokens == kit.run(Sampler(base), kit.request(kit.prompt(6), max_tokens=10))[0].tokens
+    assert stays.result.tokens == kit.run(Sampler(base), kit.request(kit.prompt(5), max_tokens=30))[0].tokens
+
+
 @pytest.mark.parametrize("ticks", [0, 1, 2, 5])
 def test_cancel_frees_the_slot_at_once(kit, base, ticks):
     """Cancelling works while waiting, while the prompt is read and while tokens come; a second time it is False."""
