@@ -31,6 +31,7 @@ from tg_tinker.loops import (
 )
 
 ROWS, LENGTH = 8, 128
+TINY = "tg-tinker/tiny"
 PROMPT, NEW = 32, 64  # tokens
 _STEP = AdamParams(learning_rate=1e-4)
 _PIPELINED = 8  # steps that are on their way at once
@@ -53,6 +54,7 @@ async def _run(folder: Path, home: Path, options: Options) -> list[Figure]:
             figures += await pipelined_row(training, peer, options)
             figures += await sampling_rows(training, peer, options, goals={1: 180, 16: 800, 64: 1400})
             figures += await short_beside_long(training, options)
+            figures += await publishing_row(service, options)
             memory = ServerCost().memory_mb()
             figures.append(Figure(name="server, memory at the end", unit="MB RSS", ours=[memory]))
     return figures
@@ -142,6 +144,19 @@ async def short_beside_long(training: TrainingClient, options: Options) -> list[
         Figure(name="8 tokens beside 512", unit="s", ours=together, goal=goal),
         Figure(name="8 tokens, 0.5 s after 512", unit="s", ours=later, goal=goal),
     ]
+
+
+async def publishing_row(service: ServiceClient, options: Options) -> list[Figure]:
+    """Publish the tiny model's adapter, wait for the version, sample one token from it."""
+    training = await service.create_lora_training_client_async(TINY, rank=RANK)
+    taken = list[float]()
+    for _ in range(options.rounds(15) + 1):
+        begun = perf_counter()
+        sampler = await training.save_weights_and_get_sampling_client_async(name="bench")
+        await sampler.sample_async(ModelInput.from_ints([1, 2, 3]), 1, SamplingParams(max_tokens=1))
+        taken.append(1000 * (perf_counter() - begun))
+    name = f"{TINY}: publish, then a first pinned sample"
+    return [Figure(name=name, unit="ms", ours=taken[1:], goal=Goal("<=", 50.0))]
 
 
 async def _sample(sampler: SamplingClient, new: int) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.hub import HangUp
 from fixtures.training import tiny
 from safetensors.torch import load_file, save_file
 
@@ -51,6 +52,17 @@ except ResourceNotFoundError as error:
     print(error.resource_type, error.resource_id, "check the name and the network" in error.message)
 """
 
+CACHED = """
+from pathlib import Path
+from tg_tinker.engine import base_model
+from tg_tinker.errors import ResourceNotFoundError
+print(base_model.load("nobody/kept", home=Path("no-home"), device="cpu").digest)
+try:
+    base_model.load("nobody/no-such-model", home=Path("no-home"), device="cpu")
+except ResourceNotFoundError as error:
+    print(error.resource_id)
+"""
+
 
 def test_tiny_is_the_same_in_every_process_and_an_unreachable_hub_id_is_not_found() -> None:
     """Another process builds the same tiny model; a hub id that cannot be had is an error that says what to do."""
@@ -59,6 +71,21 @@ def test_tiny_is_the_same_in_every_process_and_an_unreachable_hub_id_is_not_foun
         [sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     assert probe.stdout.splitlines() == [tiny().digest, "model nobody/no-such-model True"]
+
+
+def test_without_a_network_a_model_fetched_before_is_read_at_once(saved: Path, tmp_path: Path) -> None:
+    """The hub is asked one question; unanswered, the cache is used, and what is not in it is not found."""
+    cached = tmp_path / "hub" / "models--nobody--kept"
+    shutil.copytree(saved, cached / "snapshots" / "0123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    with HangUp() as hub:
+        environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url}
+        probe = subprocess.run(
+            [sys.executable, "-c", CACHED], env=environment, capture_output=True, text=True, timeout=120, check=True
+        )
+    assert probe.stdout.splitlines() == [load(saved).digest, "nobody/no-such-model"]
+    assert hub.connections == 2  # one question for each
 
 
 def test_tiny_knows_its_own_shape() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tg_tinker.engine import adapters, fingerprint, memory, models_home, tiny
+from tg_tinker.engine import adapters, fingerprint, hub, memory, models_home, tiny
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def load(
     report = progress or _silent
     with memory.guard(f"loading {ref}", "choose a smaller model, or free memory on this machine"):
         report(f"loading {ref}")
-        model, tokenizer = _read(ref, home, number)
+        model, tokenizer = _read(ref, home, number, report)
         report(f"moving {ref} to {place}")
         nn.Module.to(model, device=place)
     model.requires_grad_(False).eval()  # noqa: FBT003 - torch's own signature
@@ -90,7 +90,9 @@ def load(
     )
 
 
-def _read(ref: str, home: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read(
+    ref: str, home: Path, dtype: torch.dtype, report: Callable[[str], None]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if ref == models_home.TINY:
         return tiny.make_model(dtype), tiny.make_tokenizer()
     if ref.startswith("tg-tinker/"):
@@ -101,7 +103,23 @@ def _read(ref: str, home: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     if folder.is_absolute() or ref.startswith((".", "~")):
         message = f"there is no folder {folder}; give a folder with config.json and safetensors, or a hub id"
         raise ResourceNotFoundError(message, resource_type="model", resource_id=ref)
-    return _from_pretrained(ref, ref, dtype)
+    if hub.reachable():
+        report(f"reading {ref} from the hub")
+        return _from_pretrained(ref, ref, dtype)
+    report(f"no hub: looking for {ref} among the models fetched before")
+    return _from_pretrained(ref, _fetched(ref), dtype)
+
+
+def _fetched(ref: str) -> Path:
+    try:
+        return hub.fetched(ref)
+    # The library has many words for "not there", and some for names that no repository can have.
+    except Exception as error:
+        message = (
+            f"{ref!r} was not fetched before, and the hub cannot be reached; "
+            "check the name and the network, or give a local folder"
+        )
+        raise ResourceNotFoundError(message, resource_type="model", resource_id=ref) from error
 
 
 def _from_pretrained(
