@@ -184,7 +184,7 @@ async def test_entries_are_filtered_and_paged(log: AuditLog) -> None:
     """Filters by client, operation and time, limit and offset, in the order of the chain."""
     for number in range(6):
         changes = {"training_client_id": f"tc-{number % 2}", "operation": "sample" if number > 3 else "optim_step"}
-        await log.append(event(f"op-{number}", **changes), at=NOW + timedelta(minutes=number))
+        await log.append(event(f"op-{number}", **changes, timestamp=NOW + timedelta(minutes=number)))
 
     async def sequences(**filters: Any) -> list[int]:
         return [entry.sequence for entry in await log.entries("acme", **filters)]

@@ -6,25 +6,25 @@ Nothing on the way of an operation waits for the database.
 from __future__ import annotations
 
 import asyncio
-import logging
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tg_tinker.errors import ServerRestartedError, TGTinkerError, from_wire
+from tg_tinker.errors import ServerError, TGTinkerError
+from tg_tinker.server.background_writer import BackgroundWriter
 from tg_tinker.server.tasks import whole
 from tg_tinker.server.tickets import Held, Ticket
+from tg_tinker.wire.errors import from_wire
 from tg_tinker.wire.tg import ENDED, FutureInfo
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tg_tinker.server.ownership import Ownership
+    from tg_tinker.server.recovery import Recovery
     from tg_tinker.store.database import Database
     from tg_tinker.store.rows import FutureRow
-
-_log = logging.getLogger("tg_tinker.server")
-_RETRY = 5.0  # seconds until a write that failed is tried again
-_BATCH = 500
 
 
 @attrs.frozen(eq=False)
@@ -86,34 +86,25 @@ class Stored(Held):
 class Journal:
     """Writes tickets as they change, and reads those that are not in memory."""
 
-    def __init__(self, database: Database, ownership: Ownership, *, kept: float) -> None:
+    def __init__(self, database: Database, ownership: Ownership, recovery: Recovery, *, kept: float) -> None:
         self._database = database
         self._ownership = ownership
+        self._recovery = recovery
         self._kept = kept
-        self._dirty: dict[str, Ticket] = {}
-        self._changed = asyncio.Event()
-        self._written = asyncio.Event()
-        self._written.set()
-        self._closing = False
+        self._writer: BackgroundWriter[Ticket] = BackgroundWriter("the journal of futures", self._write, self._give_up)
         self._known_tenants: set[str] = set()
-        self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Begin writing."""
-        self._task = asyncio.create_task(self._run(), name="journal")
+        self._writer.start()
 
-    async def aclose(self) -> None:
-        """Write what is left."""
-        self._closing = True
-        self._changed.set()
-        if self._task is not None:
-            await self._task
+    async def aclose(self) -> bool:
+        """Write what is left; whether nothing was lost."""
+        return await self._writer.aclose()
 
     def note(self, ticket: Ticket) -> None:
         """Write this ticket soon."""
-        self._dirty[ticket.id] = ticket
-        self._written.clear()
-        self._changed.set()
+        self._writer.put(ticket.id, ticket)
 
     async def find(self, tenant: str, future_id: str) -> Stored | None:
         """A future by its id, or by the idempotency key of its request."""
@@ -122,7 +113,7 @@ class Journal:
     async def _find(self, tenant: str, future_id: str) -> Stored | None:
         row = await self._database.get_future(tenant, future_id) or await self._database.find_future(tenant, future_id)
         if row is not None and not row.finished and self._ownership.is_dead(row.owner):
-            await self._abandon(row.owner)
+            await self._recovery.after(row.owner)
             row = await self._database.get_future(tenant, row.future_id)
         return None if row is None else Stored(row)
 
@@ -132,53 +123,36 @@ class Journal:
         rows = await self._database.list_futures(tenant, run_id=run_id, status=status, limit=limit)
         return [Stored(row).info() for row in rows]
 
-    async def recover(self) -> None:
-        """Fail what dead servers left unfinished."""
-        for owner in await self._database.owners_of_unfinished():
-            if self._ownership.is_dead(owner):
-                await self._abandon(owner)
-
     async def flush(self) -> None:
-        """Wait until everything noted so far is written."""
-        await self._written.wait()
+        """Wait until everything noted so far is written. Raises ``ServerError`` if that takes too long."""
+        await self._writer.flush()
 
-    async def _abandon(self, owner: str) -> None:
-        error = ServerRestartedError("the server that held this operation ended before the operation did")
-        await self._database.abandon_futures(owner, error.to_wire()["error"], datetime.now(UTC))
+    async def _write(self, tickets: Sequence[Ticket]) -> None:
+        for tenant in {ticket.tenant for ticket in tickets} - self._known_tenants:
+            await self._database.add_tenant(tenant, datetime.now(UTC))
+            self._known_tenants.add(tenant)
+        rows = [await self._row(ticket) for ticket in tickets]
+        await self._database.save_futures(rows)
+        for ticket, row in zip(tickets, rows, strict=True):
+            ticket.stored = row.finished
 
-    async def _run(self) -> None:
-        while not (self._closing and not self._dirty):
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                while self._dirty:
-                    await self._write()
-                self._written.set()
-            # A full disk, a locked database: operations go on, and the write is tried again.
-            except Exception:  # noqa: BLE001
-                _log.exception("futures could not be written; trying again in %s s", _RETRY)
-                if self._closing:
-                    return
-                await asyncio.sleep(_RETRY)
-                self._changed.set()
-
-    async def _write(self) -> None:
-        batch = [self._dirty.pop(ticket_id) for ticket_id in list(self._dirty)[:_BATCH]]
-        try:
-            for tenant in {ticket.tenant for ticket in batch} - self._known_tenants:
-                await self._database.add_tenant(tenant, datetime.now(UTC))
-                self._known_tenants.add(tenant)
-            await self._database.save_futures([await self._row(ticket) for ticket in batch])
-        except BaseException:
-            self._dirty = {ticket.id: ticket for ticket in batch} | self._dirty
-            raise
-        for ticket in batch:
-            ticket.stored = ticket.stored or ticket.done
+    async def _give_up(self, ticket: Ticket, error: Exception) -> None:
+        """Keep at least that there was such an operation; as long as this process lives, the ticket has the outcome."""
+        message = f"the outcome of this operation could not be kept ({type(error).__name__}); the server's log says why"
+        lost = ServerError(message, code="RESULT_NOT_KEPT")
+        await self._database.save_futures([attrs.evolve(self._bare(ticket), status="failed", error=_body(lost))])
 
     async def _row(self, ticket: Ticket) -> FutureRow:
+        row, error = self._bare(ticket), ticket.error()
+        if error is not None:
+            return attrs.evolve(row, error=_body(error))
+        return attrs.evolve(row, result=await ticket.body()) if row.finished else row
+
+    def _bare(self, ticket: Ticket) -> FutureRow:
+        """The row of a ticket, but for its result and its error."""
         from tg_tinker.store.rows import FutureRow
 
-        info, error = ticket.info(), ticket.error()
+        info = ticket.info()
         return FutureRow(
             future_id=info.future_id,
             tenant_id=ticket.tenant,
@@ -191,6 +165,9 @@ class Journal:
             started_at=info.started_at,
             completed_at=info.completed_at,
             expires_at=None if info.completed_at is None else info.completed_at + timedelta(seconds=self._kept),
-            result=await ticket.body() if ticket.done and error is None else None,
-            error=None if error is None else error.to_wire()["error"],
         )
+
+
+def _body(error: TGTinkerError) -> dict[str, Any]:
+    fields: dict[str, Any] = error.to_wire()["error"]
+    return fields

@@ -40,8 +40,7 @@ async def identify(request: web.Request, handler: Handler) -> web.StreamResponse
     try:
         return await handler(request)
     except TGTinkerError as error:
-        _record_denial(request, error)
-        return error_response(request, error)
+        return error_response(request, await _on_record(request, error))
     except web.HTTPException as error:
         return error_response(request, _typed(request, error), error.status)
     # The last line of defence: whatever it is goes to the log, and none of it to the client.
@@ -83,10 +82,21 @@ async def finish(request: web.Request, handler: Handler) -> web.StreamResponse:
     return await whole(_await(handler, request))
 
 
+def event_id(request: web.Request) -> str:
+    """Name one event of the audit log; the client chooses the request's id, and an id that is known is not logged."""
+    return f"{request[REQUEST_ID]}/{secrets.token_hex(4)}"
+
+
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """On every response: the request's id and what this server offers beyond the published wires."""
+    """On every response: the request's id, what this server offers beyond the published wires, tenant, newest head."""
     response.headers[headers.REQUEST_ID] = request.get(REQUEST_ID, "")
     response.headers[headers.EXTENSIONS] = ",".join(headers.OFFERED)
+    if TENANT not in request:
+        return
+    response.headers[headers.TENANT] = request[TENANT]
+    head = request.app[ROOMS].auditing.head(request[TENANT])
+    if head is not None:
+        response.headers[headers.AUDIT_HEAD] = head
 
 
 def error_response(
@@ -108,12 +118,18 @@ def error_response(
     return response
 
 
-def _record_denial(request: web.Request, error: TGTinkerError) -> None:
-    """Leave a trace of who asked for what is not theirs; what does not exist looks the same, here as well."""
+async def _on_record(request: web.Request, error: TGTinkerError) -> TGTinkerError:
+    """Leave a trace of who asked for what is not theirs; what does not exist looks the same, here as well.
+
+    Returns what to answer: the error, or that it could not be recorded.
+    """
     refused = isinstance(error, AuthorizationError) or error.details.get("resource_type") in _OWNED
     if refused and TENANT in request:
-        auditing = request.app[ROOMS].auditing
-        auditing.happened(request[TENANT], "denied", f"{request[REQUEST_ID]}/{secrets.token_hex(4)}", error)
+        try:
+            await request.app[ROOMS].auditing.happened(request[TENANT], "denied", event_id(request), error)
+        except ServerError as unrecorded:
+            return unrecorded
+    return error
 
 
 async def _await(handler: Handler, request: web.Request) -> web.StreamResponse:

@@ -124,7 +124,10 @@ class Tickets:
         """Keep a queued operation from running, or stop one that runs; say whether it was kept from completing."""
         self.stop(ticket)
         await ticket.wait(None)
-        return ticket.status == "cancelled"
+        cancelled = ticket.status == "cancelled"
+        if cancelled:
+            ticket.tell_failure()  # whoever asked is being told that it has no effect
+        return cancelled
 
     def stop(self, ticket: Ticket) -> None:
         """Ask for the same without waiting for the end."""

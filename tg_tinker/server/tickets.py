@@ -15,11 +15,11 @@ from time import monotonic
 from typing import Any, cast
 
 from tg_tinker.errors import (
-    Failure,
     FutureCancelledError,
     OperationFailedError,
     TGTinkerError,
 )
+from tg_tinker.failure import Failure
 from tg_tinker.server.lanes import Job, Lane
 from tg_tinker.types.loops_results import ForwardBackwardOutput
 from tg_tinker.wire import codec
@@ -75,6 +75,7 @@ class Ticket(Held):
         self.accepted = monotonic()
         self.ended = 0.0
         self.failure_told: float | None = None
+        self.begun = False  # a training pass whose turn has come; device thread
         self.result: Any = None  # until it is encoded
         self.stored = False  # its end is in the database
         self.dropped = False  # its result is there and not here

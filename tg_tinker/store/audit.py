@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @attrs.frozen(kw_only=True)
 class AuditEvent:
-    """What happened: an operation was accepted, or it ended. One of each per ``operation_id``, whoever retries."""
+    """What happened, and when: an operation was accepted, or it ended. One of each per ``operation_id``."""
 
     tenant_id: str
     operation: str
@@ -47,6 +47,7 @@ class AuditEvent:
     artifact_ids_produced: tuple[str, ...] = ()
     artifact_ids_consumed: tuple[str, ...] = ()
     dp_metrics: dict[str, Any] | None = None
+    timestamp: datetime = attrs.field(factory=lambda: datetime.now(UTC))
 
 
 class HeadSigner:
@@ -84,12 +85,12 @@ class AuditLog:
         self._database = database
         self._signer = signer
 
-    async def append(self, event: AuditEvent, at: datetime | None = None) -> AuditLogEntry:
+    async def append(self, event: AuditEvent) -> AuditLogEntry:
         """Write one entry, durably; if this event is already in the chain, give back the entry it has."""
-        (entry,) = await self.append_all([event], at)
+        (entry,) = await self.append_all([event])
         return entry
 
-    async def append_all(self, events: Sequence[AuditEvent], at: datetime | None = None) -> list[AuditLogEntry]:
+    async def append_all(self, events: Sequence[AuditEvent]) -> list[AuditLogEntry]:
         """Write several entries in one transaction, in this order: many cost hardly more than one."""
         written: dict[tuple[str, str, str], AuditLogEntry] = {}
         async with self._database.writing() as connection:
@@ -99,7 +100,7 @@ class AuditLog:
                 last, rows = await _first(connection, _newest(tenant_id)), []
                 for event in own:
                     if _key(event) not in written:
-                        last = written[_key(event)] = _linked(event, last, at or datetime.now(UTC))
+                        last = written[_key(event)] = _linked(event, last)
                         rows.append(_row(last))
                 if rows:
                     await connection.execute(insert(audit), rows)
@@ -166,14 +167,13 @@ async def _first(connection: AsyncConnection, query: Select[tuple[Any]]) -> Audi
     return None if found is None else _entry(str(found[0]))
 
 
-def _linked(event: AuditEvent, last: AuditLogEntry | None, at: datetime) -> AuditLogEntry:
+def _linked(event: AuditEvent, last: AuditLogEntry | None) -> AuditLogEntry:
     draft = AuditLogEntry(
         sequence=1 if last is None else last.sequence + 1,
         entry_id=f"aud-{secrets.token_hex(12)}",
-        timestamp=at.astimezone(UTC),
         prev_hash=genesis_hash(event.tenant_id) if last is None else last.record_hash,
         record_hash="",
-        **attrs.asdict(event, recurse=False),
+        **{**attrs.asdict(event, recurse=False), "timestamp": event.timestamp.astimezone(UTC)},
     )
     return attrs.evolve(draft, record_hash=record_hash(draft))
 

@@ -11,7 +11,7 @@ import contextlib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from sqlalchemy import ColumnElement, Table, bindparam, delete, event, insert, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, delete, event, exc, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tg_tinker.store import tables
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Select
 
 R = TypeVar("R", ApiKeyRow, RunRow, FutureRow)
+_BATCH = 500  # rows of one statement
 BUSY_TIMEOUT = 30.0  # seconds another process may hold the write lock
 
 
@@ -39,6 +40,14 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite+aiosqlite:///{path}"
 
 
+def is_passing(error: Exception) -> bool:
+    """Tell whether a write that failed may succeed later as it is: a lock, a full disk; not a fault of its rows."""
+    if isinstance(error, exc.DBAPIError):
+        faults = (exc.DataError, exc.IntegrityError, exc.NotSupportedError, exc.ProgrammingError)
+        return not isinstance(error, faults)
+    return isinstance(error, (OSError, MemoryError, exc.TimeoutError))
+
+
 class Database:
     """One engine; used from the event loop that opened it."""
 
@@ -49,7 +58,8 @@ class Database:
     @classmethod
     async def open(cls, url: str) -> Database:
         """Connect, and make the tables that are not there yet."""
-        engine = create_async_engine(url, connect_args={"timeout": BUSY_TIMEOUT} if _is_sqlite(url) else {})
+        waiting = {"timeout": BUSY_TIMEOUT} if _is_sqlite(url) else {}
+        engine = create_async_engine(url, connect_args=waiting, hide_parameters=True)  # no results in error messages
         if _is_sqlite(url):
             _tune_sqlite(engine)
         database = cls(engine)
@@ -86,12 +96,6 @@ class Database:
             await connection.execute(insert(tables.tenants).values(tenant_id=tenant_id, created_at=at))
         return True
 
-    async def list_tenants(self) -> list[str]:
-        """Every tenant's id."""
-        async with self.reading() as connection:
-            found = await connection.execute(select(tables.tenants.c.tenant_id).order_by(tables.tenants.c.tenant_id))
-            return [str(row[0]) for row in found]
-
     async def add_api_key(self, row: ApiKeyRow) -> None:
         """Store a new key of a known tenant."""
         await self._insert(tables.api_keys, row)
@@ -123,26 +127,14 @@ class Database:
         """Look a run of this tenant up."""
         return await self._first(RunRow, select(tables.runs).where(_own(tables.runs, tenant_id, run_id=run_id)))
 
-    async def list_runs(
-        self, tenant_id: str | None = None, *, surface: str | None = None, status: str | None = None, limit: int = 100
-    ) -> list[RunRow]:
-        """Runs of one tenant (or of all, for the operator), newest first."""
-        query = select(tables.runs).order_by(tables.runs.c.created_at.desc(), tables.runs.c.run_id).limit(limit)
-        for name, value in (("tenant_id", tenant_id), ("surface", surface), ("status", status)):
-            if value is not None:
-                query = query.where(tables.runs.c[name] == value)
-        return await self._all(RunRow, query)
+    async def list_runs(self, tenant_id: str, *, surface: str) -> list[RunRow]:
+        """Runs of a tenant, on one surface, newest first."""
+        query = select(tables.runs).where(_own(tables.runs, tenant_id, surface=surface))
+        return await self._all(RunRow, query.order_by(tables.runs.c.created_at.desc(), tables.runs.c.run_id))
 
     async def update_run(self, tenant_id: str, run_id: str, **changes: Any) -> bool:
         """Change columns of a run; tell whether it exists."""
         return await self._change(tables.runs, _own(tables.runs, tenant_id, run_id=run_id), **changes) > 0
-
-    async def delete_run(self, tenant_id: str, run_id: str) -> bool:
-        """Forget a run and its futures; tell whether it existed. Its audit entries and its artifacts stay."""
-        async with self.writing() as connection:
-            await connection.execute(delete(tables.futures).where(_own(tables.futures, tenant_id, run_id=run_id)))
-            gone = await connection.execute(delete(tables.runs).where(_own(tables.runs, tenant_id, run_id=run_id)))
-        return gone.rowcount > 0
 
     # futures
 
@@ -155,21 +147,25 @@ class Database:
         column = tables.futures.c
         latest = {row.future_id: attrs.asdict(row, recurse=False) for row in rows}
         async with self.writing() as connection:
-            found = await connection.execute(select(column.future_id).where(column.future_id.in_(latest)))
-            known = {str(row[0]) for row in found}
-            new = [fields for future_id, fields in latest.items() if future_id not in known]
+            known = await _insert_new(connection, latest)
             changed = [
                 {**_without_key(fields), "at_id": future_id, "at_tenant": fields["tenant_id"]}
                 for future_id, fields in latest.items()
                 if future_id in known
             ]
-            if new:
-                await _release_keys(connection, new)
-                await connection.execute(insert(tables.futures), new)
             if changed:
                 columns: dict[str, Any] = {name: bindparam(name) for name in _without_key(next(iter(latest.values())))}
                 where = (column.future_id == bindparam("at_id")) & (column.tenant_id == bindparam("at_tenant"))
                 await connection.execute(update(tables.futures).where(where).values(columns), changed)
+
+    async def add_futures(self, rows: Sequence[FutureRow]) -> None:
+        """Store those futures that are not known yet, and their tenants; the others stay as they are."""
+        for row in {row.tenant_id: row for row in rows}.values():
+            await self.add_tenant(row.tenant_id, row.created_at)
+        async with self.writing() as connection:
+            for start in range(0, len(rows), _BATCH):
+                some = rows[start : start + _BATCH]
+                await _insert_new(connection, {row.future_id: attrs.asdict(row, recurse=False) for row in some})
 
     async def get_future(self, tenant_id: str, future_id: str) -> FutureRow | None:
         """Look a future of this tenant up."""
@@ -199,10 +195,22 @@ class Database:
             query = select(column.owner).where(column.status.not_in(FINISHED)).distinct().order_by(column.owner)
             return [str(row[0]) for row in await connection.execute(query)]
 
-    async def abandon_futures(self, owner: str, error: dict[str, Any], at: datetime) -> int:
+    async def abandon_futures(
+        self, owner: str, error: dict[str, Any], at: datetime, expires_at: datetime | None = None
+    ) -> int:
         """Fail whatever a dead server process left unfinished, and count it."""
         where = (tables.futures.c.owner == owner) & tables.futures.c.status.not_in(FINISHED)
-        return await self._change(tables.futures, where, status="failed", error=error, completed_at=at)
+        ended = {"status": "failed", "error": error, "completed_at": at, "expires_at": expires_at}
+        return await self._change(tables.futures, where, **ended)
+
+    async def unaudited_futures(self, owner: str, limit: int) -> list[FutureRow]:
+        """Finished futures of a server process whose end is not in the audit log, oldest first, without results."""
+        column, entry = tables.futures.c, tables.audit.c
+        told = (entry.tenant_id == column.tenant_id) & (entry.operation_id == column.future_id)
+        audited = select(entry.sequence).where(told & (entry.event == "ended")).exists()
+        query = select(*(one for one in column if one is not column.result))
+        where = column.status.in_(FINISHED) & (column.owner == owner) & ~audited
+        return await self._all(FutureRow, query.where(where).order_by(column.created_at).limit(limit))
 
     async def sweep_futures(self, now: datetime) -> int:
         """Forget finished futures that were kept long enough, and count them."""
@@ -228,6 +236,18 @@ class Database:
     async def _all(self, kind: type[R], query: Select[Any]) -> list[R]:
         async with self.reading() as connection:
             return [kind(**row) for row in (await connection.execute(query)).mappings()]
+
+
+async def _insert_new(connection: AsyncConnection, latest: dict[str, dict[str, Any]]) -> set[str]:
+    """Insert the futures that are not there yet; gives the ids of those that are."""
+    column = tables.futures.c
+    found = await connection.execute(select(column.future_id).where(column.future_id.in_(latest)))
+    known = {str(row[0]) for row in found}
+    new = [fields for future_id, fields in latest.items() if future_id not in known]
+    if new:
+        await _release_keys(connection, new)
+        await connection.execute(insert(tables.futures), new)
+    return known
 
 
 async def _release_keys(connection: AsyncConnection, new: Sequence[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hmac
 import os
 import secrets
 from pathlib import Path
@@ -86,6 +87,11 @@ def secret(path: Path, size: int = 32) -> bytes:
         message = f"the secret {path.name} must be {size} bytes that nobody else can read (chmod 600)"
         raise InvalidRequestError(message, field=path.name)
     return content
+
+
+def subkey(key: bytes, label: str) -> bytes:
+    """Derive a key for one purpose from a secret that serves several."""
+    return hmac.digest(key, b"tg-tinker " + label.encode(), "sha256")
 
 
 @contextlib.contextmanager

@@ -140,6 +140,18 @@ async def held(request: web.Request, future_id: str) -> Held:
     return found
 
 
+async def ended(request: web.Request, held: Held, seconds: float | None) -> bool:
+    """Wait for the end, at most ``seconds``; whether it has come, and is on record as far as it must be to be told.
+
+    Raises ``ServerError`` where the audit log cannot be written.
+    """
+    if not await held.wait(seconds):
+        return False
+    if isinstance(held, Ticket):
+        await rooms_of(request).recording.before_telling(held)
+    return True
+
+
 async def _parsed(request: web.Request, parse: Callable[[bytes], T]) -> T:
     body = await request.read()
     return parse(body) if len(body) <= LONG_BODY else await asyncio.to_thread(parse, body)

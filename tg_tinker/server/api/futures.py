@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import common
@@ -38,20 +39,23 @@ async def get_future(request: web.Request) -> web.Response:
 async def result(request: web.Request) -> web.Response:
     """The outcome, as soon as it is there; the request is held until then, at most as long as ``wait`` says."""
     held = await _held(request)
-    done = await held.wait(common.seconds_to_hold(request))
-    info, error, value = held.info(), held.error(), None
-    if error is not None:
-        held.tell_failure()
-    elif done:
-        value = codec.embedded(await held.body())
-    failure = None if error is None else error.to_wire()["error"]
-    return common.reply(tg.FutureResult(future_id=info.future_id, status=info.status, result=value, error=failure))
+    done = await common.ended(request, held, common.seconds_to_hold(request))
+    told = tg.FutureResult(future_id=held.info().future_id, status=held.info().status)
+    if done:
+        error = held.error()
+        if error is None:
+            told = attrs.evolve(told, result=codec.embedded(await held.body()))
+        else:
+            held.tell_failure()
+            told = attrs.evolve(told, error=error.to_wire()["error"])
+    return common.reply(told)
 
 
 async def cancel(request: web.Request) -> web.Response:
     """Keep it from running, or stop it; say whether that came in time."""
     held = await _held(request)
     cancelled = isinstance(held, Ticket) and await common.rooms_of(request).tickets.cancel(held)
+    await common.ended(request, held, 0)
     return common.reply(tg.CancelResult(success=cancelled))
 
 

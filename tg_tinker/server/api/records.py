@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from tg_tinker.errors import TGTinkerError
 from tg_tinker.server.api import common
-from tg_tinker.server.middleware import REQUEST_ID
+from tg_tinker.server.middleware import event_id
 from tg_tinker.types import checks
 from tg_tinker.wire import tg
 
@@ -48,17 +49,22 @@ async def delete_artifact(request: web.Request) -> web.Response:
     """Remove an artifact for good."""
     rooms, tenant, artifact_id = common.rooms_of(request), common.tenant_of(request), request.match_info["id"]
     await asyncio.to_thread(rooms.store.delete, tenant, artifact_id)
-    rooms.auditing.happened(tenant, "delete_artifact", _event_id(request), artifact_ids_consumed=(artifact_id,))
+    await rooms.auditing.happened(tenant, "delete_artifact", event_id(request), artifact_ids_consumed=(artifact_id,))
     return common.reply({"artifact_id": artifact_id, "deleted": True})
 
 
 async def pull_artifact(request: web.Request) -> web.Response:
-    """The sealed bytes, which open anywhere with the tenant's key."""
+    """The sealed bytes, which open anywhere with the tenant's key; they leave when that is on record."""
     rooms, tenant, artifact_id = common.rooms_of(request), common.tenant_of(request), request.match_info["id"]
     record = await asyncio.to_thread(rooms.store.get, tenant, artifact_id)
-    content = await asyncio.to_thread(rooms.store.pull, tenant, artifact_id)
-    told = {"training_client_id": record.run_id, "artifact_ids_consumed": (artifact_id,)}
-    rooms.auditing.happened(tenant, "pull_artifact", _event_id(request), None, **told)
+    pulled = partial(rooms.auditing.happened, tenant, "pull_artifact", event_id(request))
+    told: dict[str, Any] = {"training_client_id": record.run_id, "artifact_ids_consumed": (artifact_id,)}
+    try:
+        content = await asyncio.to_thread(rooms.store.pull, tenant, artifact_id)
+    except TGTinkerError as error:
+        await pulled(error, **told)
+        raise
+    await pulled(**told)
     return web.Response(body=content, content_type="application/octet-stream", headers=_described(record))
 
 
@@ -83,11 +89,6 @@ async def audit_head(request: web.Request) -> web.Response:
     auditing = common.rooms_of(request).auditing
     await auditing.flush()
     return common.reply((await auditing.log.head(common.tenant_of(request))).to_dict())
-
-
-def _event_id(request: web.Request) -> str:
-    """Name one event of the audit log; the client chooses the request's id, and an id that is known is not logged."""
-    return f"{request[REQUEST_ID]}/{secrets.token_hex(4)}"
 
 
 def _described(record: ArtifactRecord) -> dict[str, str]:

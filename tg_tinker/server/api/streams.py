@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from tg_tinker.server.api import common
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.scheduler import tell
 from tg_tinker.server.tickets import Ticket
@@ -65,6 +66,7 @@ async def respond(request: web.Request, ticket: Ticket, stream: TokenStream) -> 
         async for chunks in stream.pieces():
             if chunks:
                 await response.write(b"".join(frames.pack({"item": chunk}) for chunk in chunks))
+        await common.ended(request, ticket, None)
         await response.write(_ending(ticket, stream))
     except ConnectionError:
         pass  # the client has gone; nobody is left to tell

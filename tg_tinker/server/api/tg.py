@@ -71,6 +71,8 @@ async def forward_backward(request: web.Request) -> web.Response:
     ticket = await common.submit(
         request, run, "forward_backward", lambda t: tg_operations.forward_backward(run, engine, t, body, label)
     )
+    if body.mode == "train":
+        run.passes.accepted(ticket)
     return accepted(ticket)
 
 
@@ -159,7 +161,7 @@ async def _answer(request: web.Request, ticket: Ticket, *, abandon: bool = False
     if headers.RESPOND_ASYNC in request.headers.get(headers.PREFER, ""):
         return accepted(ticket)
     try:
-        await ticket.wait(None)
+        await common.ended(request, ticket, None)
     finally:
         if abandon and not ticket.done:
             common.rooms_of(request).tickets.stop(ticket)
