@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
 import pytest
 from fixtures.programs import BATCH, tg_config
 
 from tg_tinker import DPConfig, InvalidRequestError, ServiceClient, TrainingClient
+from tg_tinker.server.ownership import Ownership
+from tg_tinker.store.checkpoints import CheckpointStore
+from tg_tinker.store.database import Database, database_file, sqlite_url
+from tg_tinker.store.keys import provider_of
+from tg_tinker.store.rows import RunRow
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -27,6 +37,65 @@ def test_a_run_is_listed_shown_and_removed(tg, service: ServiceClient) -> None:
     assert shown["privacy"]["target_epsilon"] == 20.0
     assert tg("clients", "rm", run.id, "--yes").stdout == f"{run.id} is deleted\n"
     assert "no such training client" in tg("clients", "show", run.id, code=1).stderr
+
+
+async def remember(home: Path, owners: dict[str, str], *, deleted: str) -> None:
+    """Write runs (id -> server) into the database of a home, as their servers did, oldest first."""
+    database, begun = await Database.open(sqlite_url(database_file(home))), datetime.now(UTC)
+    await database.add_tenant("local", begun)
+    for number, (run, owner) in enumerate(owners.items()):
+        at = begun + timedelta(seconds=number)
+        await database.add_run(
+            RunRow(
+                run_id=run,
+                tenant_id="local",
+                surface="tg",
+                model_ref="m",
+                status="active",
+                step=0,
+                config={},
+                created_at=at,
+                updated_at=at,
+                state={"owner": owner},
+            )
+        )
+    await database.update_run("local", deleted, status="deleted")
+    await database.close()
+
+
+def test_runs_of_other_servers_are_remembered(tg, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that ended with its server is listed with what was saved last; one that another server holds says so."""
+    monkeypatch.setenv("TG_TINKER_HOME", str(tmp_path))
+    assert str(tmp_path) in tg("clients", "ls").stderr.replace("\n", "")
+    store = CheckpointStore(tmp_path / "artifacts", provider_of(tmp_path))
+    saved = [
+        store.save(
+            tenant="local",
+            run_id="tc-ended",
+            kind="tg_state",
+            step=step,
+            tensors={"a": np.zeros(1)},
+            counters={},
+            metadata={},
+        )
+        for step in (3, 7)
+    ]
+    other = Ownership(tmp_path)
+    try:
+        owners = {"tc-ended": "server-1-00000000", "tc-deleted": "server-1-00000000", "tc-held": other.name}
+        asyncio.run(remember(tmp_path, owners, deleted="tc-deleted"))
+        rows = tg.json("clients", "ls")
+        told = tg("clients", "ls", "--status", "ended")
+    finally:
+        other.release()
+    assert [(row["training_client_id"], row["status"], row["step"]) for row in rows] == [
+        ("tc-held", "elsewhere", None),
+        ("tc-ended", "ended", 7),
+    ]
+    assert rows[1]["artifact_id"] == saved[1].artifact_id
+    assert saved[1].artifact_id in told.stdout
+    assert "tc-held" not in told.stdout
+    assert "checkpoint_id" in told.stderr
 
 
 def test_removal_asks_first(tg, tc: TrainingClient) -> None:

@@ -36,7 +36,7 @@ async def tenant_of(home: Path, key: str) -> str:
     try:
         settings = Settings(home=home, host="0.0.0.0")
         doors = Keys(settings, database)
-        settings.check_address(has_keys=await doors.exist())
+        settings.check_address(has_keys=await doors.usable())
         return await doors.tenant_of(f"Bearer {key}")
     finally:
         await database.close()
@@ -61,6 +61,13 @@ async def test_a_key_opens_the_server_until_it_is_revoked(tmp_path: Path) -> Non
     with pytest.raises(AuthenticationError):
         await tenant_of(tmp_path, first)
     assert await tenant_of(tmp_path, second) == "acme"
+
+
+def test_the_end_of_the_last_key_is_told(tmp_path: Path) -> None:
+    """Revoking says when no key is left, for then nobody comes in any more, and not before."""
+    ids = [keys(tmp_path, "create", "acme").stdout.split("_")[1] for _ in range(2)]
+    said = [keys(tmp_path, "revoke", one).stderr for one in ids]
+    assert ["no key is left" in text for text in said] == [False, True]
 
 
 def test_a_key_may_expire(tmp_path: Path) -> None:

@@ -11,7 +11,12 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import attrs
 import pytest
+from click.testing import CliRunner
+
+from tg_tinker.cli import main
+from tg_tinker.server.settings import Settings
 
 SERVE = [sys.executable, "-W", "error", "-m", "tg_tinker.cli", "serve"]
 
@@ -62,3 +67,38 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
         said = refusal("--port", str(port), "--home", str(tmp_path))
     assert f"cannot listen on 127.0.0.1:{port}" in said
     assert "--port" in said
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, *options: str) -> Settings:
+    """The settings that a server would be started with."""
+    seen: list[Settings] = []
+    monkeypatch.setattr("tg_tinker.server.process.run", lambda settings, **_: seen.append(settings))
+    result = CliRunner().invoke(main, ["serve", *options])
+    assert result.exit_code == 0, result.output
+    (settings,) = seen
+    return settings
+
+
+def test_what_is_not_said_is_as_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without options a server is set up as ``Settings`` says, but for its port."""
+    assert chosen(monkeypatch, "--home", str(tmp_path)) == attrs.evolve(Settings(home=tmp_path), port=8000)
+
+
+def test_every_option_reaches_the_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever an operator can choose arrives; sizes are given in GB, names and folders as often as needed."""
+    words = """--host=::1 --port=0 --require-key --allowed-hosts=box --allowed-hosts=box.lan --device=cpu --threads=2
+        --slots=8 --queue-limit=9 --requests-per-minute=60 --quota-gb=1.5 --aside-gb=0.5 --idle=60"""
+    settings = chosen(monkeypatch, "--home", str(tmp_path), "--model-folders", str(tmp_path), *words.split())
+    assert settings == Settings(
+        home=tmp_path, host="::1", require_key=True, allowed_hosts=("box", "box.lan"), model_folders=(tmp_path,),
+        device="cpu", threads=2, slots=8, queue_limit=9, requests_per_minute=60, quota_bytes=1_500_000_000,
+        aside_bytes=500_000_000, idle=60.0,
+    )  # fmt: skip
+
+
+def test_wrong_options_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder that is not there and a size of nothing are refused by name."""
+    for option, value in (("--model-folders", str(tmp_path / "none")), ("--quota-gb", "0"), ("--idle", "-1")):
+        result = CliRunner().invoke(main, ["serve", option, value])
+        assert result.exit_code == 2
+        assert option in result.output

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -83,6 +84,30 @@ async def test_the_end_of_the_last_key_opens_nothing_to_other_machines(serve, mo
     assert (await client.get("/v1/training_clients")).status == 401
 
 
+async def test_a_home_that_had_a_key_stays_closed(serve, monkeypatch):
+    """A loopback server without keys opens to nobody again once a key was made: not by its end, not by a restart."""
+    monkeypatch.setattr("tg_tinker.server.auth._REMEMBERED", 0.0)
+    client = (await serve(keys={})).as_tenant(None)
+    assert (await client.get("/v1/training_clients")).status == 200
+    database = client.server.app[ROOMS].database
+    await database.add_tenant("acme", datetime.now(UTC))
+    _, row = new_key("acme", expires_at=datetime.now(UTC) + timedelta(days=1))
+    await database.add_api_key(row)
+    assert (await client.get("/v1/training_clients")).status == 401
+    await database.revoke_api_key(row.key_id, datetime.now(UTC))
+    assert (await client.get("/v1/training_clients")).status == 401
+    later = (await serve(keys={})).as_tenant(None)
+    assert (await later.get("/v1/training_clients")).status == 401
+    with pytest.raises(InvalidRequestError, match="keys create"):
+        await serve(keys={}, host="0.0.0.0")
+
+
+async def test_a_key_can_be_asked_for_before_there_is_one(serve):
+    """With ``require_key`` nobody comes in without a key, although none was made yet."""
+    client = await serve(keys={}, require_key=True)
+    assert (await client.as_tenant(None).get("/v1/training_clients")).status == 401
+
+
 async def test_a_foreign_id_is_as_good_as_none(client):
     """Another tenant's run, future and artifact answer 404, exactly like ids that never existed."""
     run = await client.create(MODEL)
@@ -122,3 +147,23 @@ async def test_too_many_requests_are_told_when_to_come_back(serve):
     assert int(answers[3].headers["Retry-After"]) >= 1
     assert answers[3].error["code"] == "RATE_LIMITED"
     assert (await client.as_tenant("other-key").get("/v1/training_clients")).status == 200
+
+
+async def test_too_many_samples_are_told_when_to_come_back(serve, engine):
+    """With as many samples under way as a tenant may have, the next gets 429 with Retry-After; another's does not."""
+    client = await serve(queue_limit=1)
+    _, sampler = await client.trainer(MODEL)
+    other = client.as_tenant("other-key")
+    _, free = await other.trainer(MODEL)
+    engine.tick_gate.clear()
+    body = {"prompt": [1], "max_tokens": 1}
+    tasks = [asyncio.create_task(client.post(f"{sampler}/sample", body))]
+    async with asyncio.timeout(10):
+        while not client.server.app[ROOMS].sampling._inside["tenant-a"]:
+            await asyncio.sleep(0.005)
+        answer = await client.post(f"{sampler}/sample", body)
+    assert (answer.status, answer.error["code"]) == (429, "QUEUE_FULL")
+    assert int(answer.headers["Retry-After"]) >= 1
+    tasks.append(asyncio.create_task(other.post(f"{free}/sample", body)))
+    engine.tick_gate.set()
+    assert [answer.status for answer in await asyncio.gather(*tasks)] == [200, 200]

@@ -28,7 +28,7 @@ def version(number: int) -> Version:
 
 async def test_versions_in_use_outlive_newer_ones():
     """The newest few stay, and of the others those that were used lately; the count is bounded whatever is used."""
-    versions = Versions(kept=3)
+    versions = Versions(kept=3, most_aside=0)
     for number in range(1, 11):
         versions.add(version(number))
         versions.get(1)
@@ -42,7 +42,7 @@ async def test_versions_in_use_outlive_newer_ones():
 
 async def test_waiting_for_a_version_is_an_event():
     """Whoever waits is woken by the publish that is enough, not by one before it, and by the end of the server."""
-    versions = Versions(kept=2)
+    versions = Versions(kept=2, most_aside=0)
     waiting = asyncio.create_task(versions.reached(2, 20))
     versions.add(version(1))
     await asyncio.sleep(0)
@@ -114,6 +114,24 @@ def test_a_name_is_free_when_its_process_is_gone(tmp_path: Path):
     other.release()
     assert mine.is_dead(other.name)
     assert mine.is_dead("../../etc/passwd")
+    mine.release()
+
+
+def test_what_killed_servers_left_is_cleared_away(tmp_path: Path):
+    """The lock of a process that died is removed, and its name stays dead; those of live ones stay locked."""
+    code = (
+        "import os, sys; from pathlib import Path; from tg_tinker.server.ownership import Ownership;"
+        "print(Ownership(Path(sys.argv[1])).name, flush=True); os._exit(9)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=50)
+    killed = done.stdout.strip()
+    mine, other = Ownership(tmp_path), Ownership(tmp_path)
+    assert (tmp_path / "servers" / f"{killed}.lock").exists()
+    mine.forget_dead()
+    assert {path.stem for path in (tmp_path / "servers").iterdir()} == {mine.name, other.name}
+    assert [mine.is_dead(name) for name in (killed, other.name, mine.name)] == [True, False, False]
+    other.release()
     mine.release()
 
 

@@ -7,11 +7,17 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tg_tinker.types.results import AuditLogEntry
+from tg_tinker.verify import AuditHead, verify_audit_log
+from tg_tinker.wire import codec
 
 KEY = "process-key"
 
@@ -36,6 +42,21 @@ def ready(child: subprocess.Popen[bytes]) -> str:
     said = json.loads(child.stdout.readline())
     assert said["pid"] == child.pid
     return str(said["url"])
+
+
+def ask(method: str, url: str, body: Any, heads: list[str]) -> Any:
+    """The JSON of an answer; the audit head that came with it is added to ``heads``."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Authorization": f"Bearer {KEY}"}, method=method)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.headers["X-TG-Audit-Head"]:
+            heads.append(response.headers["X-TG-Audit-Head"])
+        return json.load(response)
+
+
+def post(url: str, body: Any, heads: list[str]) -> Any:
+    """The JSON that a POST is answered with."""
+    return ask("POST", url, body, heads)
 
 
 def get(url: str, key: str | None = None) -> int:
@@ -121,6 +142,30 @@ def test_two_servers_share_a_home(tmp_path):
         assert get(f"{first}/v1/training_clients", KEY) == 200
         assert get(f"{second}/v1/training_clients", "second") == 200
         assert get(f"{second}/v1/training_clients", KEY) == 401
+
+
+def test_a_killed_server_leaves_entries_of_all_that_it_told(tmp_path):
+    """After kill -9 the audit log has both entries of every operation whose result was given; its chain is whole."""
+    told, heads = [], []
+    with server(tmp_path) as (child, url):
+        run = post(f"{url}/v1/training_clients", {"model_ref": "tg-tinker/tiny"}, heads)["training_client_id"]
+        saved = post(f"{url}/v1/training_clients/{run}/save_state", {}, heads)["artifact_id"]
+        for _ in range(5):
+            for name, body in (("forward_backward", {"batch": {"input_ids": [[1, 2, 3]]}}), ("optim_step", {})):
+                future = post(f"{url}/v1/training_clients/{run}/{name}", body, heads)["future_id"]
+                outcome = ask("GET", f"{url}/v1/futures/{future}/result?wait=20", None, heads)
+                assert outcome["status"] == "completed", outcome
+                told.append(future)
+        child.kill()
+    with server(tmp_path) as (_, url):
+        logs = ask("GET", f"{url}/v1/audit_logs?limit=1000", None, [])
+    entries = [codec.decode(AuditLogEntry, fields) for fields in logs]
+    kept = [codec.decode(AuditHead, codec.loads(head.encode())) for head in dict.fromkeys(heads)]
+    assert kept
+    assert verify_audit_log(entries, tenant_id=entries[0].tenant_id, heads=kept).ok
+    written = Counter((entry.operation_id, entry.event) for entry in entries)
+    assert {written[future, event] for future in told for event in ("accepted", "ended")} == {1}
+    assert saved in {artifact for entry in entries for artifact in entry.artifact_ids_produced}
 
 
 def test_a_taken_port_is_an_error(tmp_path):

@@ -18,7 +18,7 @@ async def test_what_is_past_its_time_is_taken_away(client):
     await client.operate(trainer, "save_state", {"name": "gone", "ttl_seconds": 60})
     await rooms.journal.flush()
     later = datetime.now(UTC) + timedelta(hours=2)
-    artifacts, results = await Sweeping(rooms.store, rooms.database, clock=lambda: later).sweep()
+    artifacts, results = await Sweeping(rooms, clock=lambda: later).sweep()
     assert artifacts == 1
     assert results >= 2
     assert [record.name for record in rooms.store.list("tenant-a")] == ["kept"]
@@ -35,7 +35,7 @@ async def test_a_sweep_that_fails_is_logged_and_tried_again(client, monkeypatch,
 
     monkeypatch.setattr(rooms.store, "sweep", refuse)
     monkeypatch.setattr("tg_tinker.server.sweeping.EVERY", 0.01)
-    sweeping = Sweeping(rooms.store, rooms.database)
+    sweeping = Sweeping(rooms)
     with caplog.at_level(logging.ERROR, "tg_tinker.server"):
         sweeping.start()
         while len(calls) < 2:

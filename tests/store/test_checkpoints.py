@@ -12,7 +12,8 @@ import torch
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.store import container
-from tg_tinker.store.checkpoints import ORPHAN_AGE, CheckpointStore
+from tg_tinker.store.checkpoints import CheckpointStore
+from tg_tinker.store.index import ORPHAN_AGE
 
 BAD_IDS = ["", "art-", "art-xyz", "../../etc/passwd", "art-" + "0" * 31, "art-" + "0" * 32 + "\n", "art-" + "G" * 32]
 

@@ -39,7 +39,8 @@ _home = click.option("--home", "folder", type=click.Path(path_type=Path), help="
 def command() -> None:
     """Make, list and revoke the API keys of a server over this home.
 
-    As soon as there is one, the server answers nobody without a key; without any it serves this machine alone.
+    Once there was one, the server answers nobody without a key, also when the last is revoked; before, it serves this
+    machine alone.
     """
 
 
@@ -92,13 +93,13 @@ def list_keys(tenant: str | None, folder: Path | None, output: str) -> None:
 def revoke_key(key_id: str, folder: Path | None) -> None:
     """Make the key with the id KEY useless, for good; a running server knows within five seconds."""
     _require_database()
-    revoked = _in_database(
-        home.folder(folder), lambda found: found.revoke_api_key(key_id, datetime.now(UTC)), default=False
-    )
-    if not revoked:
+    place, now = home.folder(folder), datetime.now(UTC)
+    if not _in_database(place, lambda found: found.revoke_api_key(key_id, now), default=False):
         message = f"there is no key {key_id} to revoke; `tg-tinker keys ls` lists the ids"
         raise ResourceNotFoundError(message, resource_type="api_key", resource_id=key_id)
     click.echo(f"{key_id} is revoked")
+    if not any(row.usable(now) for row in _in_database(place, lambda found: found.list_api_keys())):
+        out.talk().print("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
 
 
 def _fields(row: ApiKeyRow) -> dict[str, Any]:

@@ -54,18 +54,25 @@ class Keys:
         self._own = {_hash(key): tenant for key, tenant in settings.keys.items()}
         self._database = database
         self._rows: dict[str, tuple[float, ApiKeyRow | None]] = {}
-        self._stored: tuple[float, bool] = (-_REMEMBERED, False)
+        self._ever: tuple[float, bool] = (-_REMEMBERED, False)  # when asked, and whether there ever was a key
 
-    async def exist(self) -> bool:
-        """Whether there is any key at all."""
-        if self._own:
+    async def usable(self) -> bool:
+        """Whether anybody could come in with a key."""
+        now = datetime.now(UTC)
+        return bool(self._own) or any(row.usable(now) for row in await self._database.list_api_keys())
+
+    async def required(self) -> bool:
+        """Whether every request must show a key: once there was one, also when the last has expired or is revoked.
+
+        A server that only its own machine can reach asks for none before that, unless it was told to.
+        """
+        if self._settings.require_key or not self._settings.loopback or self._own:
             return True
-        asked, found = self._stored
-        if monotonic() > asked + _REMEMBERED:
-            now = datetime.now(UTC)
-            found = any(row.usable(now) for row in await self._database.list_api_keys())
-            self._stored = monotonic(), found
-        return found
+        asked, ever = self._ever
+        if not ever and monotonic() > asked + _REMEMBERED:
+            ever = bool(await self._database.list_api_keys())
+            self._ever = monotonic(), ever
+        return ever
 
     async def tenant_of(self, authorization: str | None) -> str:
         """The tenant behind an ``Authorization`` header.
@@ -74,8 +81,7 @@ class Keys:
         """
         key = _key_of(authorization)
         if key is None:
-            # Elsewhere than on loopback always: the last key may have expired since the server began.
-            if self._settings.require_key or not self._settings.loopback or await self.exist():
+            if await self.required():
                 raise AuthenticationError("give an API key: Authorization: Bearer <key>")
             return LOCAL_TENANT
         tenant = self._own_tenant(key) or await self._stored_tenant(key)

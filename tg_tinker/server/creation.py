@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.server import loops_operations, tg_operations
 from tg_tinker.server.checkpoint_uri import CheckpointUri
 from tg_tinker.server.models import Model
@@ -19,6 +19,7 @@ from tg_tinker.server.private import PrivateTraining
 from tg_tinker.server.runs import Run, Surface
 from tg_tinker.server.ticket_book import key_reused
 from tg_tinker.server.tickets import Ticket, outcome_of
+from tg_tinker.server.versions import Versions
 from tg_tinker.types import checks
 from tg_tinker.types.config import DPConfig, TrainingConfig
 from tg_tinker.wire import codec, loops
@@ -49,17 +50,21 @@ class Creation:
         return await self._once(tenant, key, request, lambda: self._loops_run(tenant, request))
 
     async def end(self, run: Run) -> None:
-        """Forget a run; whatever it still had to do is cancelled, its artifacts stay."""
+        """Delete a run; whatever it still had to do is cancelled, its artifacts stay."""
+        await self._forget(run)
+        await self._rooms.auditing.happened(
+            run.tenant, "delete_training_client", f"{run.id}/delete", training_client_id=run.id
+        )
+
+    async def _forget(self, run: Run) -> None:
         self._rooms.runs.remove(run)
         self._rooms.samplers.forget(run)
         self._made = {key: made for key, made in self._made.items() if not _made_it(made[1], run)}
         await self._rooms.registry.delete(run)
-        self._rooms.auditing.happened(
-            run.tenant, "delete_training_client", f"{run.id}/delete", training_client_id=run.id
-        )
         for ticket in self._rooms.tickets.of_tenant(run.tenant):
             if ticket.run_id == run.id and not ticket.done:
                 await self._rooms.tickets.cancel(ticket)
+        await asyncio.to_thread(self._rooms.store.clear_aside, run.tenant, run.id)
 
     async def _once(
         self, tenant: str, key: str | None, asked: object, make: Callable[[], Coroutine[Any, Any, Run]]
@@ -69,12 +74,25 @@ class Creation:
         if known != asked:
             raise key_reused()
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(make(), name="create a run")
+            task = asyncio.create_task(self._recorded(tenant, make), name="create a run")
             if key is not None:
                 self._made[tenant, key] = asked, task
                 while len(self._made) > KEPT_KEYS:
                     del self._made[next(iter(self._made))]
         return await asyncio.shield(task)
+
+    async def _recorded(self, tenant: str, make: Callable[[], Coroutine[Any, Any, Run]]) -> Run:
+        """Make it, and put on record whether that went well."""
+        operation, happened = "create_training_client", self._rooms.auditing.happened
+        try:
+            run = await make()
+        # Whatever keeps a run from being made belongs into the log; what it is goes on to whoever asked.
+        except Exception as error:
+            failure = error if isinstance(error, TGTinkerError) else ServerError("the server failed; its log says why")
+            await happened(tenant, operation, f"create-{uuid.uuid4()}", failure)
+            raise
+        await happened(tenant, operation, run.id, training_client_id=run.id)
+        return run
 
     async def _tg_run(self, tenant: str, config: TrainingConfig, checkpoint_id: str | None) -> Run:
         _refuse_unsupported(config)
@@ -123,6 +141,7 @@ class Creation:
             "lora_rank": request.lora_rank,
             "seed": seed,
             "max_seq_len": max_length,
+            "with_sampler": bool(request.with_sampler),
         }
         run_id = f"run-{uuid.uuid4().hex}"
         privacy = await self._privacy(run_id, dp_config, None, "one datum")
@@ -159,11 +178,11 @@ class Creation:
         )
 
     async def _add(self, *, run_id: str, tenant: str, surface: Surface, config: dict[str, Any], **parts: Any) -> Run:
-        rooms, kept = self._rooms, self._rooms.settings.versions_kept
-        run = Run(run_id=run_id, tenant=tenant, surface=surface, config=config, versions_kept=kept, **parts)
+        rooms, settings = self._rooms, self._rooms.settings
+        versions = Versions(settings.versions_kept, settings.aside_bytes)
+        run = Run(run_id=run_id, tenant=tenant, surface=surface, config=config, versions=versions, **parts)
         await rooms.registry.record(run)
         rooms.runs.add(run)
-        rooms.auditing.happened(tenant, "create_training_client", run_id, training_client_id=run_id)
         return run
 
     async def _load(self, run: Run, begin: Callable[[Ticket], Any]) -> None:
@@ -175,7 +194,7 @@ class Creation:
             await ticket.wait(None)
             await outcome_of(ticket)
         except BaseException:
-            await self.end(run)
+            await self._forget(run)
             raise
 
 

@@ -42,9 +42,9 @@ class Grant:
 class Exports:
     """Makes, signs and serves the files of checkpoints."""
 
-    def __init__(self, store: CheckpointStore, secret: bytes) -> None:
+    def __init__(self, store: CheckpointStore, key: bytes) -> None:
         self._store = store
-        self._secret = secret
+        self._key = key
         self._made: OrderedDict[tuple[str, str], asyncio.Task[Files]] = OrderedDict()
 
     async def files(self, tenant: str, artifact_id: str) -> Files:
@@ -89,7 +89,7 @@ class Exports:
         return content
 
     def _signature(self, content: str) -> str:
-        return hmac.digest(self._secret, b"tg-tinker file\0" + content.encode(), hashlib.sha256).hex()
+        return hmac.digest(self._key, content.encode(), hashlib.sha256).hex()
 
     def _make(self, tenant: str, artifact_id: str) -> Files:
         loaded = self._store.load(tenant, artifact_id)

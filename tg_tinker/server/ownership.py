@@ -22,40 +22,62 @@ class Ownership:
     """The name of this process, locked as long as it lives."""
 
     def __init__(self, home: Path) -> None:
-        self._folder = home / "servers"
+        self._folder = folder_of(home)
         files.make_folder(self._folder)
         self.name = f"server-{os.getpid()}-{secrets.token_hex(4)}"
-        self._descriptor = self._open(self.name)
-        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        self._descriptor = self._claim()
 
     def is_dead(self, owner: str) -> bool:
         """Whether the process of that name has ended."""
-        if owner == self.name or not _NAME.fullmatch(owner):
-            return owner != self.name
-        try:
-            with self._try_lock(owner) as free:
-                return free
-        except FileNotFoundError:
-            return True
+        return owner != self.name and has_ended(self._folder, owner)
+
+    def forget_dead(self) -> None:
+        """Remove what servers that were killed left here; nothing is known of them that a missing file does not say."""
+        for path in self._folder.glob("*.lock"):
+            if self.is_dead(path.stem):
+                path.unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the name up."""
-        self._path(self.name).unlink(missing_ok=True)
+        _lock_of(self._folder, self.name).unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    @contextlib.contextmanager
-    def _try_lock(self, owner: str) -> Generator[bool]:
-        descriptor = os.open(self._path(owner), os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield True
-        except BlockingIOError:
-            yield False
-        finally:
-            os.close(descriptor)
+    def _claim(self) -> int:
+        """Lock first, show then: a name that can be seen and is not locked is a dead process's."""
+        hidden = self._folder / f".{self.name}"
+        descriptor = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        hidden.rename(_lock_of(self._folder, self.name))
+        return descriptor
 
-    def _open(self, owner: str) -> int:
-        return os.open(self._path(owner), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
 
-    def _path(self, owner: str) -> Path:
-        return self._folder / f"{owner}.lock"
+def folder_of(home: Path) -> Path:
+    """Where the servers over a home keep their names."""
+    return home / "servers"
+
+
+def has_ended(folder: Path, name: str) -> bool:
+    """Whether no server process of that name runs; what was never a name of ours has ended."""
+    if not _NAME.fullmatch(name):
+        return True
+    try:
+        with _try_lock(_lock_of(folder, name)) as free:
+            return free
+    except FileNotFoundError:
+        return True
+
+
+def _lock_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.lock"
+
+
+@contextlib.contextmanager
+def _try_lock(path: Path) -> Generator[bool]:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)

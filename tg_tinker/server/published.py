@@ -1,4 +1,7 @@
-"""Which weights a sample is served by: the newest version, an exact one, a checkpoint, or the base model alone."""
+"""Which weights a sample is served by: the newest version, an exact one, a checkpoint, or the base model alone.
+
+What was deleted, or has expired, is not served any more, whoever deleted it and wherever a copy of it still is.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import attrs
 
@@ -14,6 +18,7 @@ from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 from tg_tinker.server.models import Model
 from tg_tinker.server.runs import Run
+from tg_tinker.server.shelf import Stored
 from tg_tinker.server.versions import Version
 
 if TYPE_CHECKING:
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
     from tg_tinker.server.rooms import Rooms
     from tg_tinker.store.checkpoints import Loaded
 
-KEPT = 8  # adapters read from disk that stay in memory
+KEPT = 8  # adapters of a model, read from disk, that stay in memory
 REMEMBERED = 2.0  # seconds that a name is not looked up again
 
 
@@ -33,34 +38,41 @@ class Weights:
     version: int
 
 
+Read = OrderedDict[str, "asyncio.Task[Weights]"]  # by artifact; the one used last is last
+
+
 class Published:
     """Finds adapters for sampling, in memory or on disk."""
 
     def __init__(self, rooms: Rooms) -> None:
         self._rooms = rooms
-        self._read: OrderedDict[tuple[Model, str], asyncio.Task[Weights]] = OrderedDict()
-        self._found: dict[tuple[str, CheckpointUri], tuple[float, str]] = {}
+        self._read: WeakKeyDictionary[Model, Read] = WeakKeyDictionary()
+        self._found: dict[tuple[str, CheckpointUri], tuple[float, Stored]] = {}
 
-    def newest(self, run: Run) -> Weights:
-        """The run's newest version; before the first publish the base model alone."""
-        version = run.versions.get(run.versions.newest)
-        return Weights(None, 0) if version is None else _weights(version)
+    async def newest(self, run: Run) -> Weights:
+        """The run's newest version; before the first publish the base model alone.
+
+        Raises ``ResourceNotFoundError`` where the newest one was deleted, or has expired.
+        """
+        return await self.exact(run, run.versions.newest)
 
     async def exact(self, run: Run, number: int) -> Weights:
-        """One version of the run; one that left memory is read back, where its name has not moved on.
+        """One version of the run; one that left memory is read back.
 
         Raises ``ResourceNotFoundError`` for a version that is gone or was never published.
         """
         if number == 0:
             return Weights(None, 0)
+        stored = run.versions.shelf.find(number)
+        if stored is not None and not self._is_there(run.tenant, stored):
+            run.versions.forget(number)
+            stored = None
         version = run.versions.get(number)
         if version is not None:
             return _weights(version)
-        records = await asyncio.to_thread(self._rooms.store.list, run.tenant, run.id)
-        for record in records:
-            if record.kind == SAMPLER_WEIGHTS and record.metadata.get("version") == number:
-                return await self._from_disk(run.tenant, run.model, record.artifact_id)
-        message = f"version {number} of run {run.id} is no longer served (the newest is {run.versions.newest})"
+        if stored is not None:
+            return await self._from_disk(run.tenant, run.model, stored)
+        message = f"version {number} of run {run.id} is not there any more (the newest is {run.versions.newest})"
         raise ResourceNotFoundError(message, resource_type="sampler_version", resource_id=str(number))
 
     async def checkpoint(self, tenant: str, model: Model, uri: CheckpointUri) -> Weights:
@@ -69,38 +81,46 @@ class Published:
             message = "path: a training state does not serve sampling; publish it with save_weights_for_sampler"
             raise InvalidRequestError(message, field="path", constraint="bt://loops:<run>/sampler_weights/<name>")
         run = self._rooms.runs.find(tenant, uri.run_id)
-        if run is not None and (uri.kind, uri.name) in run.named:
-            artifact_id, number = run.named[uri.kind, uri.name]
-            version = run.versions.get(number)
-            if version is not None and run.model.base is model.base:
-                return _weights(version)
-        else:
-            artifact_id = await self._find(tenant, uri)
-        return await self._from_disk(tenant, model, artifact_id)
+        number = 0 if run is None else run.named.get((uri.kind, uri.name), ("", 0))[1]
+        stored = None if run is None else run.versions.shelf.find(number)
+        if run is None or stored is None or not self._is_there(tenant, stored):
+            return await self._from_disk(tenant, model, await self._find(tenant, uri))
+        version = run.versions.get(number)
+        if version is not None and run.model.base is model.base:
+            return _weights(version)
+        return await self._from_disk(tenant, model, stored)
 
-    async def _find(self, tenant: str, uri: CheckpointUri) -> str:
-        """The artifact behind a URI of a run that is not live here; remembered for a moment, as each sample asks."""
-        asked, artifact_id = self._found.get((tenant, uri), (-REMEMBERED, ""))
-        if monotonic() > asked + REMEMBERED:
+    def _is_there(self, tenant: str, stored: Stored) -> bool:
+        """Whether an artifact may be served. Each sample asks: a look at the disk here costs less than a thread."""
+        return not stored.expired and self._rooms.store.holds(tenant, stored.artifact_id)
+
+    async def _find(self, tenant: str, uri: CheckpointUri) -> Stored:
+        """The artifact behind a name on disk; remembered for a moment, as each sample asks.
+
+        Raises ``ResourceNotFoundError``.
+        """
+        asked, stored = self._found.get((tenant, uri), (-REMEMBERED, None))
+        if stored is None or monotonic() > asked + REMEMBERED or not self._is_there(tenant, stored):
             record = await asyncio.to_thread(self._rooms.store.find, tenant, uri.run_id, uri.kind, uri.name)
-            artifact_id = record.artifact_id
-            self._found[tenant, uri] = monotonic(), artifact_id
+            stored = Stored.of(record)
+            self._found[tenant, uri] = monotonic(), stored
             while len(self._found) > 1000:
                 del self._found[next(iter(self._found))]
-        return artifact_id
+        return stored
 
-    async def _from_disk(self, tenant: str, model: Model, artifact_id: str) -> Weights:
-        task = self._read.get((model, artifact_id))
+    async def _from_disk(self, tenant: str, model: Model, stored: Stored) -> Weights:
+        read = self._read.setdefault(model, OrderedDict())
+        task = read.get(stored.artifact_id)
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
-            task = asyncio.create_task(self._load(tenant, model, artifact_id), name=f"read {artifact_id}")
-            self._read[model, artifact_id] = task
-        self._read.move_to_end((model, artifact_id))
-        while len(self._read) > KEPT:
-            self._read.popitem(last=False)
+            task = asyncio.create_task(self._load(tenant, model, stored), name=f"read {stored.artifact_id}")
+            read[stored.artifact_id] = task
+        read.move_to_end(stored.artifact_id)
+        while len(read) > KEPT:
+            read.popitem(last=False)
         return await asyncio.shield(task)
 
-    async def _load(self, tenant: str, model: Model, artifact_id: str) -> Weights:
-        loaded: Loaded = await asyncio.to_thread(self._rooms.store.load, tenant, artifact_id)
+    async def _load(self, tenant: str, model: Model, stored: Stored) -> Weights:
+        loaded: Loaded = await asyncio.to_thread(self._rooms.store.load, tenant, stored.artifact_id)
         made = loaded.counters["server"]
         if made["base_digest"] != model.base.digest:
             message = f"path: it was trained on {made['base_model']}, this sampler serves {model.ref}"

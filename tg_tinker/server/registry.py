@@ -11,8 +11,9 @@ from tg_tinker.server.runs import Run
 
 if TYPE_CHECKING:
     from tg_tinker.store.database import Database
+    from tg_tinker.store.rows import RunRow
 
-_DELETED = "deleted"
+DELETED = "deleted"
 
 
 class Registry:
@@ -43,12 +44,20 @@ class Registry:
 
     async def delete(self, run: Run) -> None:
         """Note that a run was deleted."""
-        await self._database.update_run(run.tenant, run.id, status=_DELETED, updated_at=datetime.now(UTC))
+        await self._database.update_run(run.tenant, run.id, status=DELETED, updated_at=datetime.now(UTC))
 
     async def explain(self, tenant: str, run_id: str) -> None:
         """Raise ``ServerRestartedError`` for a run that ended with its server; do nothing for any other."""
         row = await self._database.get_run(tenant, run_id)
-        if row is None or row.status == _DELETED or not self._ownership.is_dead(str(row.state.get("owner"))):
+        if row is None or row.status == DELETED or not self._is_left_behind(row):
             return
         message = f"{run_id} ended with the server that held it; make a new one from its last saved state"
         raise ServerRestartedError(message)
+
+    async def has_ended(self, tenant: str, run_id: str) -> bool:
+        """Whether no server holds this run any more."""
+        row = await self._database.get_run(tenant, run_id)
+        return row is None or row.status == DELETED or self._is_left_behind(row)
+
+    def _is_left_behind(self, row: RunRow) -> bool:
+        return self._ownership.is_dead(str(row.state.get("owner")))

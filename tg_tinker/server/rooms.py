@@ -19,8 +19,10 @@ from tg_tinker.server.exports import Exports
 from tg_tinker.server.journal import Journal
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.models import Models
-from tg_tinker.server.ownership import Ownership
+from tg_tinker.server.ownership import Ownership, folder_of
 from tg_tinker.server.published import Published
+from tg_tinker.server.recording import Recording
+from tg_tinker.server.recovery import Recovery
 from tg_tinker.server.registry import Registry
 from tg_tinker.server.runs import Runs
 from tg_tinker.server.samplers import Samplers
@@ -28,6 +30,7 @@ from tg_tinker.server.scheduler import Scheduler, tell
 from tg_tinker.server.settings import Settings
 from tg_tinker.server.sweeping import Sweeping
 from tg_tinker.server.ticket_book import Tickets
+from tg_tinker.server.trail import Trail
 
 if TYPE_CHECKING:
     from tg_tinker.store.audit import HeadSigner
@@ -69,6 +72,7 @@ class Rooms:
         self.journal: Journal
         self.registry: Registry
         self.auditing: Auditing
+        self.recording: Recording
         self.sweeping: Sweeping
         self.exports: Exports
         self._ownership: Ownership
@@ -81,7 +85,7 @@ class Rooms:
         rooms = cls(settings, engine, report)
         await rooms._open_storage()
         try:
-            settings.check_address(has_keys=await rooms.keys.exist())
+            settings.check_address(has_keys=await rooms.keys.usable())
         except InvalidRequestError:
             await rooms._close_storage()
             raise
@@ -104,12 +108,12 @@ class Rooms:
         """Stop at the next micro-batch; what is being saved is saved."""
         await self.models.aclose()
         await asyncio.to_thread(self.scheduler.close)
+        await asyncio.to_thread(self._clear_aside)
         await self._close_storage()
 
     async def _close_storage(self) -> None:
         await self.sweeping.aclose()
-        await self.journal.aclose()
-        await self.auditing.aclose()
+        await self.recording.aclose()
         await self.database.close()
         self._ownership.release()
 
@@ -120,19 +124,28 @@ class Rooms:
         settings = self.settings
         files = await asyncio.to_thread(_Files.open, settings)
         self.store, self._ownership = files.store, files.ownership
-        self.exports = Exports(files.store, files.secret)
+        self.exports = Exports(files.store, files.file_key)
         self.database = await Database.open(sqlite_url(database_file(settings.home)))
         self.keys = Keys(settings, self.database)
-        self.journal = Journal(self.database, files.ownership, kept=settings.results_kept)
         self.registry = Registry(self.database, files.ownership)
-        self.auditing = Auditing(AuditLog(self.database, files.signer), files.secret)
-        await self.journal.recover()
-        self.sweeping = Sweeping(self.store, self.database)
-        self.journal.start()
-        self.auditing.start()
+        log = AuditLog(self.database, files.signer)
+        trails = folder_of(settings.home)
+        recovery = Recovery(self.database, log, files.ownership, trails, kept=settings.results_kept)
+        await recovery.after_all()
+        await asyncio.to_thread(files.ownership.forget_dead)
+        self.journal = Journal(self.database, files.ownership, recovery, kept=settings.results_kept)
+        self.auditing = Auditing(log, files.audit_key)
+        self.recording = Recording(Trail(trails, files.ownership.name), self.journal, self.auditing)
+        self.sweeping = Sweeping(self)
+        self.recording.start()
         self.sweeping.start()
-        self.tickets.on_accept += [self.journal.note, self.auditing.accepted]
-        self.tickets.on_end += [self.journal.note, self.auditing.ended]
+        self.tickets.on_accept.append(self.recording.accepted)
+        self.tickets.on_end.append(self.recording.ended)
+
+    def _clear_aside(self) -> None:
+        """The runs end here, and with them those who are pinned to their versions."""
+        for tenant in {run.tenant for run in self.runs}:
+            self.store.clear_aside(tenant, *(run.id for run in self.runs if run.tenant == tenant))
 
     def _warm(self) -> None:
         try:
@@ -149,7 +162,8 @@ class _Files:
     store: CheckpointStore
     ownership: Ownership
     signer: HeadSigner
-    secret: bytes
+    audit_key: bytes
+    file_key: bytes
 
     @classmethod
     def open(cls, settings: Settings) -> _Files:
@@ -159,9 +173,11 @@ class _Files:
         from tg_tinker.store.keys import provider_of
 
         home = settings.home
+        secret = files.secret(home / "secrets" / "server-secret")
         return cls(
-            CheckpointStore(home / "artifacts", provider_of(home)),
+            CheckpointStore(home / "artifacts", provider_of(home), quota=settings.quota_bytes),
             Ownership(home),
             HeadSigner(home / "secrets" / "audit-key"),
-            files.secret(home / "secrets" / "server-secret"),
+            files.subkey(secret, "input digests"),
+            files.subkey(secret, "signed URLs"),
         )

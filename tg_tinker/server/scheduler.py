@@ -106,6 +106,10 @@ class Scheduler:
         """Let a model's sampler take part."""
         self.post(lambda: self._samplers.append(sampler))
 
+    def remove_sampler(self, sampler: SamplerLike) -> None:
+        """Let go of the sampler of a model that nobody can ask any more."""
+        self.post(lambda: self._samplers.remove(sampler))
+
     # -- on the device thread -----------------------------------------------------------------------------------------
 
     def _main(self) -> None:

@@ -15,15 +15,22 @@ from tg_tinker.types import checks
 LOCAL_TENANT = "local"
 
 _MIB = 1 << 20
+_GB = 1_000_000_000
 
 
 @attrs.frozen(kw_only=True)
 class Settings:
     """Everything that can be chosen about a server; times in seconds, sizes in bytes.
 
-    ``keys`` maps API keys to tenants, beside the keys that the database of ``home`` knows. Without any key a loopback
-    server serves everyone on this machine as one tenant; other addresses are refused (``check_address``). A server that
-    other machines can reach loads local models from below ``model_folders`` alone.
+    ``keys`` maps API keys to tenants, beside the keys that the database of ``home`` knows. Until there was a key, and
+    unless ``require_key`` asks for one, a loopback server serves everyone on this machine as one tenant; other
+    addresses are refused (``check_address``). ``allowed_hosts`` are names beside "localhost" by which a loopback server
+    may be called, and pages of which may call any server. A server that other machines can reach loads local models
+    from below ``model_folders`` alone.
+
+    ``versions_kept`` newest versions of a run stay in memory, and ``aside_bytes`` of those that its names have moved on
+    from stay on disk. ``quota_bytes`` bounds what a tenant may store; None does not. ``idle`` is how long a base model
+    that nothing uses stays in memory, unless another one is loaded.
     """
 
     home: Path = attrs.field(factory=home.folder, converter=Path)
@@ -44,6 +51,9 @@ class Settings:
     results_kept: float = attrs.field(default=3600.0, validator=checks.number(0.0))
     result_bytes_kept: int = attrs.field(default=256 * _MIB, validator=checks.integer(0))
     versions_kept: int = attrs.field(default=8, validator=checks.integer(1))
+    aside_bytes: int = attrs.field(default=4 * _GB, validator=checks.integer(0))
+    quota_bytes: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
+    idle: float = attrs.field(default=1800.0, validator=checks.number(0.0))
 
     @property
     def loopback(self) -> bool:

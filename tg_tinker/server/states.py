@@ -62,13 +62,14 @@ def save(
 
 def load(
     run: Run, engine: Engine, find: Callable[[], Loaded], *, with_optimizer: bool
-) -> Generator[Offline[Loaded], Loaded, Restored]:
+) -> Generator[Offline[Any], Any, Restored]:
     """Verify an artifact completely, then put it in the place of the run's state."""
-    loaded = yield Offline(find)
+    loaded: Loaded = yield Offline(find)
     made: Mapping[str, Any] = loaded.counters.get(KEY, {})
     check_origin(run, loaded.record, made)
     counters = {key: value for key, value in loaded.counters.items() if key != KEY}
     complete = with_optimizer and bool(made["optimizer"])
+    yield from run.account(made["privacy"])
     going_on = run.restore_privacy(made["privacy"], with_step=complete)
     try:
         reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)

@@ -1,6 +1,6 @@
-"""Takes away what was kept long enough: artifacts past their ttl, results past their hour.
+"""Takes away what was kept long enough: artifacts, results, versions of runs that have ended, models nothing uses.
 
-Reading is what enforces a ttl (an expired artifact is not found); this only gives the disk its space back.
+Reading is what enforces a ttl (an expired artifact is not found); this gives disk and memory their space back.
 """
 
 from __future__ import annotations
@@ -13,21 +13,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tg_tinker.store.checkpoints import CheckpointStore
-    from tg_tinker.store.database import Database
+    from tg_tinker.server.rooms import Rooms
 
 _log = logging.getLogger("tg_tinker.server")
 EVERY = 60.0  # seconds
 
 
 class Sweeping:
-    """A task that sweeps store and database every so often, from ``start`` to ``aclose``."""
+    """A task that sweeps every so often, from ``start`` to ``aclose``."""
 
-    def __init__(
-        self, store: CheckpointStore, database: Database, *, clock: Callable[[], datetime] | None = None
-    ) -> None:
-        self._store = store
-        self._database = database
+    def __init__(self, rooms: Rooms, *, clock: Callable[[], datetime] | None = None) -> None:
+        self._rooms = rooms
         self._clock = clock or (lambda: datetime.now(UTC))
         self._task: asyncio.Task[None] | None = None
 
@@ -43,9 +39,23 @@ class Sweeping:
                 await self._task
 
     async def sweep(self) -> tuple[int, int]:
-        """Sweep once; how many artifacts and how many results were taken away."""
+        """Sweep once; how many artifacts and how many results were past their time."""
+        self._let_go_of_models()
+        await self._clear_aside()
         now = self._clock()
-        return await asyncio.to_thread(self._store.sweep, now), await self._database.sweep_futures(now)
+        return await asyncio.to_thread(self._rooms.store.sweep, now), await self._rooms.database.sweep_futures(now)
+
+    def _let_go_of_models(self) -> None:
+        rooms = self._rooms
+        rooms.samplers.rest(rooms.settings.idle)
+        rooms.models.sweep([*(run.model for run in rooms.runs), *rooms.samplers.models()])
+
+    async def _clear_aside(self) -> None:
+        """Nobody is pinned to a version of a run that is gone, be it deleted or its server dead."""
+        store = self._rooms.store
+        for tenant, run_id in await asyncio.to_thread(store.runs_aside):
+            if await self._rooms.registry.has_ended(tenant, run_id):
+                await asyncio.to_thread(store.clear_aside, tenant, run_id)
 
     async def _run(self) -> None:
         while True:

@@ -1,7 +1,7 @@
 """Published sampler versions of one run: immutable, strictly increasing, the newest few kept in memory.
 
-Kept longer are those that somebody used lately (a pinned client). What is dropped here may still be on disk: that is
-``published``'s to find. Lives on the event loop; waiting for a version is an event.
+Kept longer are those that somebody used lately (a pinned client). What leaves memory is read back from the ``shelf`` by
+``published``. Lives on the event loop; waiting for a version is an event.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from tg_tinker.server.shelf import Shelf
+
 if TYPE_CHECKING:
     from tg_tinker.engine.adapters import FrozenAdapter
 
@@ -22,23 +24,27 @@ LEASES = 16  # at most so many are kept for having been used
 
 @attrs.frozen(eq=False)
 class Version:
-    """One published adapter."""
+    """One published adapter; ``bumped`` ones take over from checkpoints that are sampled from until then."""
 
     number: int
     name: str
     adapter: FrozenAdapter = attrs.field(repr=False)
+    bumped: bool = False
 
 
 class Versions:
     """What the run's sampler can serve from memory."""
 
-    def __init__(self, kept: int) -> None:
+    def __init__(self, kept: int, most_aside: int) -> None:
+        """Keep so many versions in memory, and so many bytes of those on disk that names have moved on from."""
+        self.shelf = Shelf(most_aside)
         self._kept = kept
         self._versions: OrderedDict[int, Version] = OrderedDict()
         self._leases: OrderedDict[int, float] = OrderedDict()
         self._published = asyncio.Event()
         self._closed = False
         self.newest = 0
+        self.bumped = 0
 
     def __len__(self) -> int:
         """How many are in memory."""
@@ -48,6 +54,8 @@ class Versions:
         """Serve a version from now on, wake those who wait for it, and drop what is no longer kept."""
         self._versions[version.number] = version
         self.newest = max(self.newest, version.number)
+        if version.bumped:
+            self.bumped = max(self.bumped, version.number)
         self._drop()
         self._published.set()
         self._published = asyncio.Event()
@@ -59,6 +67,18 @@ class Versions:
             self._leases[number] = monotonic()
             self._leases.move_to_end(number)
         return version
+
+    def forget(self, number: int) -> None:
+        """Serve a version no more: its artifact was deleted, or has expired."""
+        self._versions.pop(number, None)
+        self._leases.pop(number, None)
+        self.shelf.forget(number)
+
+    def withdraw(self, number: int) -> None:
+        """A version could not be written, and its publish has failed: the newest is the one before it again."""
+        self.forget(number)
+        self.newest = max(self._versions, default=0)
+        self.bumped = max((version.number for version in self._versions.values() if version.bumped), default=0)
 
     async def reached(self, minimum: int, seconds: float) -> bool:
         """Wait until a version of at least ``minimum`` is served; say whether it came within ``seconds``."""

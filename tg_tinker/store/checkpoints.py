@@ -1,28 +1,24 @@
-"""Sealed checkpoints on disk: a folder per tenant, two files per artifact, the manifest written last.
+"""Sealed checkpoints on disk: saved, loaded, listed, deleted. Where their files lie is ``index``'s to know.
 
-The manifests are the one index there is: names, steps, sizes, expiry.
 Synchronous, and safe from several threads and processes.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import secrets
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
-from tg_tinker.store import container, files, sealing, tink_aead
-from tg_tinker.store.names import check_label, folder_name, is_artifact_id
-from tg_tinker.types.results import EncryptionInfo
+from tg_tinker.errors import InvalidRequestError, QuotaExceededError, ResourceNotFoundError
+from tg_tinker.store import container, files, sealing
+from tg_tinker.store.index import ASIDE, LISTED, ArtifactRecord, Index, record_of
+from tg_tinker.store.names import check_label
 from tg_tinker.wire.digest import canonical_json
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -31,36 +27,10 @@ if TYPE_CHECKING:
     from tg_tinker.store.keys import KeyProvider
     from tg_tinker.store.sealing import Manifest
 
-_log = logging.getLogger("tg_tinker.store")
+__all__ = ["KINDS", "MAX_METADATA_BYTES", "ArtifactRecord", "CheckpointStore", "Loaded"]
 
 KINDS = ("tg_state", "weights", "sampler_weights")
 MAX_METADATA_BYTES = 1 << 20
-ORPHAN_AGE = 3600.0  # seconds: no save takes longer, so an older file without a manifest is a dead server's
-
-
-@attrs.frozen(kw_only=True)
-class ArtifactRecord:
-    """What is known of an artifact without its key. Times are UTC; ``size_bytes`` counts ciphertext.
-
-    ``privacy`` of a run under DP: the unit that is protected and what was spent.
-    """
-
-    artifact_id: str
-    tenant: str
-    run_id: str
-    kind: str
-    name: str | None
-    step: int
-    size_bytes: int
-    encryption: EncryptionInfo
-    metadata: dict[str, Any]
-    privacy: dict[str, Any] | None
-    created_at: datetime
-    expires_at: datetime | None
-
-    def expired(self, now: datetime) -> bool:
-        """Tell whether the artifact's time to live has run out."""
-        return self.expires_at is not None and self.expires_at <= now
 
 
 @attrs.frozen
@@ -73,13 +43,12 @@ class Loaded:
 
 
 class CheckpointStore:
-    """The artifacts of every tenant, sealed under keys of ``keys``."""
+    """The artifacts of every tenant, sealed under keys of ``keys``; at most ``quota`` bytes of ciphertext of each."""
 
-    def __init__(self, folder: Path, keys: KeyProvider) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, keys: KeyProvider, *, quota: int | None = None) -> None:
+        self._index = Index(folder)
         self._keys = keys
-        files.make_folder(folder)
-        self._sweep_orphans()
+        self._quota = quota
 
     def save(
         self,
@@ -97,7 +66,7 @@ class CheckpointStore:
     ) -> ArtifactRecord:
         """Seal a state; it is durable when this returns. All but tensors and counters stays readable without the key.
 
-        Raises ``InvalidRequestError`` naming the field that is wrong.
+        Raises ``InvalidRequestError`` naming the field that is wrong, ``QuotaExceededError`` where there is no room.
         """
         if kind not in KINDS:
             raise InvalidRequestError(f"kind: expected one of {KINDS}", field="kind", constraint=f"one of {KINDS}")
@@ -112,7 +81,7 @@ class CheckpointStore:
             "expires_at": None if expires_at is None else expires_at.astimezone(UTC).isoformat(),
         }
         identity = sealing.Identity(tenant, f"art-{secrets.token_hex(16)}", kind)
-        return _record(self._write(identity, header, container.pack(tensors, counters)))
+        return record_of(self._write(identity, header, container.pack(tensors, counters)))
 
     def load(self, tenant: str, artifact_id: str) -> Loaded:
         """Verify and decrypt an artifact.
@@ -120,8 +89,8 @@ class CheckpointStore:
         Raises ``ResourceNotFoundError`` (ARTIFACT_NOT_FOUND, KEY_NOT_FOUND) or ``InvalidRequestError``
         (ARTIFACT_MISMATCH, ARTIFACT_DAMAGED).
         """
-        manifest = self._manifest(tenant, artifact_id)
-        path = self._ciphertext_path(tenant, artifact_id)
+        manifest = self._index.get(tenant, artifact_id)
+        path = self._index.content(tenant, artifact_id)
         try:
             with path.open("rb") as ciphertext:
                 size = path.stat().st_size
@@ -130,14 +99,18 @@ class CheckpointStore:
             raise sealing.damaged("its content is gone") from error
         if (manifest.identity.tenant, manifest.identity.artifact_id) != (tenant, artifact_id):
             raise sealing.mismatch(artifact_id)
-        return Loaded(_record(manifest), *container.unpack(content))
+        return Loaded(record_of(manifest), *container.unpack(content))
 
     def get(self, tenant: str, artifact_id: str) -> ArtifactRecord:
         """Look an artifact up by its id.
 
         Raises ``ResourceNotFoundError``.
         """
-        return _record(self._manifest(tenant, artifact_id))
+        return record_of(self._index.get(tenant, artifact_id))
+
+    def holds(self, tenant: str, artifact_id: str) -> bool:
+        """Tell, at the price of one look at the disk, whether an artifact has not been deleted."""
+        return self._index.holds(tenant, artifact_id)
 
     def find(self, tenant: str, run_id: str, kind: str, name: str) -> ArtifactRecord:
         """Look a checkpoint up by name; saving under a name again makes the newer one answer to it.
@@ -151,8 +124,8 @@ class CheckpointStore:
         raise ResourceNotFoundError(message, resource_type="checkpoint", resource_id=name)
 
     def list(self, tenant: str, run_id: str | None = None) -> Sequence[ArtifactRecord]:
-        """Every artifact of a tenant, or of one run, oldest first. Damaged manifests are left out."""
-        records = [_record(manifest) for manifest in self._manifests(tenant)]
+        """Every artifact of a tenant, or of one run, oldest first, without damaged ones and those put aside."""
+        records = [record_of(manifest) for manifest in self._index.manifests(tenant)]
         now = datetime.now(UTC)
         wanted = [r for r in records if run_id in (None, r.run_id) and not r.expired(now)]
         return sorted(wanted, key=lambda record: (record.created_at, record.artifact_id))
@@ -162,9 +135,9 @@ class CheckpointStore:
 
         Raises ``ResourceNotFoundError``.
         """
-        manifest = self._manifest(tenant, artifact_id)
+        manifest = self._index.get(tenant, artifact_id)
         try:
-            return sealing.bundle(manifest, self._ciphertext_path(tenant, artifact_id).read_bytes())
+            return sealing.bundle(manifest, self._index.content(tenant, artifact_id).read_bytes())
         except FileNotFoundError as error:
             raise sealing.damaged("its content is gone") from error
 
@@ -173,58 +146,67 @@ class CheckpointStore:
 
         Raises ``ResourceNotFoundError``.
         """
-        self._manifest(tenant, artifact_id)
-        with self._locked(tenant):
-            _remove(self._tenant_folder(tenant), artifact_id)
+        self._index.get(tenant, artifact_id)
+        with self._index.locked(tenant):
+            self._index.remove(tenant, artifact_id)
+
+    def put_aside(self, tenant: str, artifact_id: str) -> None:
+        """Take an artifact out of every listing; by its id it goes on being there."""
+        self._index.put_aside(tenant, artifact_id)
+
+    def runs_aside(self) -> set[tuple[str, str]]:
+        """The tenants and runs of everything that was put aside."""
+        return self._index.runs_aside()
+
+    def clear_aside(self, tenant: str, *run_ids: str) -> int:
+        """Remove everything that was put aside of these runs, and count it."""
+        aside = map(record_of, self._index.manifests(tenant, ASIDE))
+        gone = [record.artifact_id for record in aside if record.run_id in run_ids]
+        if gone:
+            with self._index.locked(tenant):
+                self._index.remove(tenant, *gone)
+        return len(gone)
 
     def rewrap(self, tenant: str) -> int:
         """Wrap every artifact's key under the tenant's current key and count those that needed it."""
         current, count = self._keys.current(tenant), 0
-        with self._locked(tenant):
-            for manifest in self._manifests(tenant):
+        with self._index.locked(tenant):
+            for manifest in (m for suffix in (LISTED, ASIDE) for m in self._index.manifests(tenant, suffix)):
                 if manifest.wrapped.key_id != current:
-                    renewed = sealing.rewrap(manifest, self._wrap(tenant), self._unwrap(tenant))
-                    files.write(self._manifest_path(tenant, manifest.identity.artifact_id), renewed.to_bytes())
+                    self._index.replace(sealing.rewrap(manifest, self._wrap(tenant), self._unwrap(tenant)))
                     count += 1
         return count
 
     def sweep(self, now: datetime) -> int:
         """Remove artifacts whose time to live has run out, whoever's they are, and count them."""
-        count = 0
-        for folder in self._tenant_folders():
-            with files.locked(folder / ".lock"):
-                for path in folder.glob("art-*.json"):
-                    manifest = _readable(path)
-                    if manifest is not None and _record(manifest).expired(now):
-                        _remove(folder, path.stem)
-                        count += 1
-        return count
+        return self._index.sweep(now)
 
     def _write(self, identity: sealing.Identity, header: dict[str, Any], content: bytes) -> Manifest:
         """Write the ciphertext, then the manifest: an artifact exists once its manifest does."""
-        files.make_folder(self._tenant_folder(identity.tenant))
-        with files.replacing(self._ciphertext_path(identity.tenant, identity.artifact_id)) as path:
+        self._index.prepare(identity.tenant)
+        with files.replacing(self._index.content(identity.tenant, identity.artifact_id)) as path:
             manifest = sealing.seal(content, identity, header, self._wrap(identity.tenant), path)
-        files.write(self._manifest_path(identity.tenant, identity.artifact_id), manifest.to_bytes())
+            self._make_room(identity.tenant, manifest.ciphertext_bytes)
+        self._index.add(manifest)
         return manifest
 
-    def _manifest(self, tenant: str, artifact_id: str) -> Manifest:
-        missing = ResourceNotFoundError("no such artifact", resource_type="artifact", resource_id=str(artifact_id))
-        if not is_artifact_id(artifact_id):
-            raise missing
-        try:
-            manifest = sealing.Manifest.from_bytes(self._manifest_path(tenant, artifact_id).read_bytes())
-        except FileNotFoundError:
-            raise missing from None
-        if _record(manifest).expired(datetime.now(UTC)):
-            raise missing
-        return manifest
+    def _make_room(self, tenant: str, size: int) -> None:
+        """Refuse what the quota has no room for; what was put aside gives way, the oldest first.
 
-    def _manifests(self, tenant: str) -> Iterator[Manifest]:
-        for path in sorted(self._tenant_folder(tenant).glob("art-*.json")):
-            manifest = _readable(path)
-            if manifest is not None:
-                yield manifest
+        Saves that run side by side may together go over it, by what they hold.
+        """
+        if self._quota is None:
+            return
+        listed, aside = self._index.sizes(tenant)
+        if listed + size > self._quota:
+            raise _too_much(listed, size, self._quota)
+        excess = listed + aside + size - self._quota
+        for record in sorted(map(record_of, self._index.manifests(tenant, ASIDE)), key=lambda one: one.created_at):
+            if excess <= 0:
+                return
+            with self._index.locked(tenant):
+                self._index.remove(tenant, record.artifact_id)
+            excess -= record.size_bytes
 
     def _wrap(self, tenant: str) -> sealing.Wrap:
         return lambda keyset, aad: self._keys.wrap(tenant, keyset, aad)
@@ -232,35 +214,13 @@ class CheckpointStore:
     def _unwrap(self, tenant: str) -> sealing.Unwrap:
         return lambda key_id, ciphertext, aad: self._keys.unwrap(tenant, key_id, ciphertext, aad)
 
-    def _tenant_folder(self, tenant: str) -> Path:
-        return self._folder / folder_name(tenant)
 
-    def _manifest_path(self, tenant: str, artifact_id: str) -> Path:
-        return self._tenant_folder(tenant) / f"{artifact_id}.json"
-
-    def _ciphertext_path(self, tenant: str, artifact_id: str) -> Path:
-        return self._tenant_folder(tenant) / f"{artifact_id}.sealed"
-
-    def _tenant_folders(self) -> Sequence[Path]:
-        return sorted(path for path in self._folder.iterdir() if path.is_dir())
-
-    @contextlib.contextmanager
-    def _locked(self, tenant: str) -> Generator[None]:
-        files.make_folder(self._tenant_folder(tenant))
-        with files.locked(self._tenant_folder(tenant) / ".lock"):
-            yield
-
-    def _sweep_orphans(self) -> None:
-        """Remove what a dead server left half written; what is young may be another server's save in progress."""
-        oldest = time.time() - ORPHAN_AGE
-        for folder in self._tenant_folders():
-            for path in folder.iterdir():
-                unfinished = path.suffix == files.TEMPORARY_SUFFIX or (
-                    path.suffix == ".sealed" and not path.with_suffix(".json").exists()
-                )
-                with contextlib.suppress(FileNotFoundError):  # another server has just renamed or removed it
-                    if unfinished and path.stat().st_mtime < oldest:
-                        path.unlink()
+def _too_much(used: int, needed: int, allowed: int) -> QuotaExceededError:
+    message = (
+        f"{used:,} of {allowed:,} bytes are taken by saved checkpoints, and {needed:,} more are needed: delete "
+        "artifacts that are not needed any more, and give others a ttl_seconds"
+    )
+    return QuotaExceededError(message, used_bytes=used, needed_bytes=needed, allowed_bytes=allowed)
 
 
 def _check_json(metadata: Mapping[str, Any]) -> None:
@@ -274,44 +234,3 @@ def _check_json(metadata: Mapping[str, Any]) -> None:
     if size > MAX_METADATA_BYTES:
         constraint = f"at most {MAX_METADATA_BYTES} bytes of JSON"
         raise InvalidRequestError(f"metadata: expected {constraint}", field="metadata", constraint=constraint)
-
-
-def _remove(folder: Path, artifact_id: str) -> None:
-    """Take the manifest away first: what is left after a crash is an orphan, and no artifact."""
-    (folder / f"{artifact_id}.json").unlink(missing_ok=True)
-    files.sync_folder(folder)
-    (folder / f"{artifact_id}.sealed").unlink(missing_ok=True)
-
-
-def _readable(path: Path) -> Manifest | None:
-    """Read a manifest of a listing, or leave it out: loading it is what reports the damage."""
-    try:
-        manifest = sealing.Manifest.from_bytes(path.read_bytes())
-        _record(manifest)
-    except FileNotFoundError:
-        return None  # deleted while we looked
-    except InvalidRequestError:
-        _log.warning("the manifest %s is damaged", path.name)
-        return None
-    return manifest
-
-
-def _record(manifest: Manifest) -> ArtifactRecord:
-    """Read the header's fields.
-
-    Raises ``InvalidRequestError`` with code ARTIFACT_DAMAGED.
-    """
-    header = manifest.header
-    try:
-        return ArtifactRecord(
-            **attrs.asdict(manifest.identity),
-            **{key: header[key] for key in ("run_id", "name", "step", "metadata", "privacy")},
-            size_bytes=manifest.ciphertext_bytes,
-            encryption=EncryptionInfo(
-                algorithm=sealing.ALGORITHM, key_id=manifest.wrapped.key_id, format=tink_aead.STREAM_FORMAT
-            ),
-            created_at=datetime.fromisoformat(header["created_at"]),
-            expires_at=None if header["expires_at"] is None else datetime.fromisoformat(header["expires_at"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise sealing.damaged("its manifest lacks fields") from error
