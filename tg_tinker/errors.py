@@ -1,10 +1,11 @@
-"""Every error this package raises, as one tree, and the table that carries it over HTTP.
+"""Every error this package raises, as one tree. How they cross HTTP is in ``wire.errors``.
 
     TGTinkerError                    .code .message .details .request_id
     ├── AuthenticationError          401
     ├── AuthorizationError           403
     ├── InvalidRequestError          422, also a ValueError      .field .constraint .problems
     ├── ResourceNotFoundError        404, also a LookupError     .resource_type .resource_id
+    ├── QuotaExceededError           403                         .used_bytes .needed_bytes .allowed_bytes
     ├── RateLimitedError             429                         .retry_after
     ├── QueueFullError               503                         .retry_after
     ├── DPBudgetExceededError        400   .current_epsilon .max_epsilon .projected_epsilon .delta
@@ -24,10 +25,7 @@ The attributes beside a class live in ``details``, so they cross HTTP and pickli
 from __future__ import annotations
 
 import math
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast
-
-import attrs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,12 +37,12 @@ __all__ = [
     "BlockingCallWarning",
     "ClientClosedError",
     "DPBudgetExceededError",
-    "Failure",
     "FutureCancelledError",
     "FutureTimeoutError",
     "InvalidRequestError",
     "OperationFailedError",
     "QueueFullError",
+    "QuotaExceededError",
     "RateLimitedError",
     "ResourceNotFoundError",
     "SamplerNotReadyError",
@@ -53,7 +51,7 @@ __all__ = [
     "ServerUnreachableError",
     "TGTinkerError",
     "UnretrievedOperationWarning",
-    "from_wire",
+    "restore",
 ]
 
 T = TypeVar("T")
@@ -101,7 +99,7 @@ class TGTinkerError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by fields, so that keyword-only constructors survive the trip."""
-        return _restore, (type(self), self.message, self.code, self.details, self.request_id)
+        return restore, (type(self), self.message, self.code, self.details, self.request_id)
 
     def to_wire(self) -> dict[str, Any]:
         """The body of an HTTP error response: ``{"error": {code, message, details, request_id}}``."""
@@ -160,6 +158,22 @@ class ResourceNotFoundError(TGTinkerError, LookupError):
     def __init__(self, message: str, *, resource_type: str, resource_id: str, request_id: str | None = None) -> None:
         details = {"resource_type": resource_type, "resource_id": resource_id}
         super().__init__(message, code=f"{resource_type.upper()}_NOT_FOUND", details=details, request_id=request_id)
+
+
+class QuotaExceededError(TGTinkerError):
+    """The checkpoint has no room beside those that are stored: delete some, or save with a time to live."""
+
+    default_code = "QUOTA_EXCEEDED"
+    http_status = 403
+    used_bytes = _Detail[int](0)
+    needed_bytes = _Detail[int](0)
+    allowed_bytes = _Detail[int](0)
+
+    def __init__(
+        self, message: str, *, used_bytes: int, needed_bytes: int, allowed_bytes: int, request_id: str | None = None
+    ) -> None:
+        details = {"used_bytes": used_bytes, "needed_bytes": needed_bytes, "allowed_bytes": allowed_bytes}
+        super().__init__(message, details=details, request_id=request_id)
 
 
 class RateLimitedError(TGTinkerError):
@@ -246,8 +260,10 @@ class OperationFailedError(TGTinkerError):
     http_status = 500
     operation = _Detail[str | None](None)
 
-    def __init__(self, message: str, *, operation: str | None = None, request_id: str | None = None) -> None:
-        super().__init__(message, details={"operation": operation}, request_id=request_id)
+    def __init__(
+        self, message: str, *, operation: str | None = None, code: str | None = None, request_id: str | None = None
+    ) -> None:
+        super().__init__(message, code=code, details={"operation": operation}, request_id=request_id)
 
 
 class SamplerNotReadyError(TGTinkerError, RuntimeError):
@@ -318,86 +334,10 @@ def _finite(epsilon: float | None) -> float | None:
     return epsilon if epsilon is not None and math.isfinite(epsilon) else None
 
 
-def _restore(
+def restore(
     cls: type[TGTinkerError], message: str, code: str, details: dict[str, Any], request_id: str | None
 ) -> TGTinkerError:
+    """Make an error of its fields, as they were kept or sent: the constructors would derive them anew."""
     error = cls.__new__(cls)
     TGTinkerError.__init__(error, message, code=code, details=details, request_id=request_id)
     return error
-
-
-def _again(cls: type[BaseException], args: tuple[Any, ...]) -> BaseException:
-    """An exception of these ``args``; a constructor written in Python may take other arguments than it keeps."""
-    return cls.__new__(cls, *args) if isinstance(cls.__init__, FunctionType) else cls(*args)
-
-
-def _tree(cls: type[TGTinkerError]) -> list[type[TGTinkerError]]:
-    return [cls, *(below for child in cls.__subclasses__() for below in _tree(child))]
-
-
-_BY_CODE = {cls.default_code: cls for cls in _tree(TGTinkerError)}
-_BY_STATUS: dict[int, type[TGTinkerError]] = {
-    400: InvalidRequestError,
-    401: AuthenticationError,
-    403: AuthorizationError,
-    404: ResourceNotFoundError,
-    409: FutureCancelledError,
-    413: InvalidRequestError,
-    422: InvalidRequestError,
-    429: RateLimitedError,
-}
-
-
-def from_wire(body: Mapping[str, Any], status: int = 500) -> TGTinkerError:
-    """Rebuild the error of a response: by its code where that is known, else by the HTTP status."""
-    code = str(body.get("code") or "")
-    details = body.get("details")
-    details = dict(details) if isinstance(details, dict) else {}
-    cls = _BY_CODE.get(code) or _by_shape(code, details) or _BY_STATUS.get(status, ServerError)
-    message = str(body.get("message") or f"the server answered with status {status}")
-    return _restore(cls, message, code or cls.default_code, details, body.get("request_id"))
-
-
-def _by_shape(code: str, details: Mapping[str, Any]) -> type[TGTinkerError] | None:
-    """The class of an error whose code is not its class's own, such as RUN_NOT_FOUND or RUN_COMPLETED."""
-    if code.endswith("_NOT_FOUND"):
-        return ResourceNotFoundError
-    return InvalidRequestError if {"field", "constraint", "problems"} <= details.keys() else None
-
-
-@attrs.frozen
-class Failure:
-    """What went wrong, as a value: each look at it makes a fresh exception, so tracebacks never pile up."""
-
-    cls: type[BaseException]
-    fields: tuple[Any, ...]
-    notes: tuple[str, ...] = ()
-    cause: BaseException | None = attrs.field(default=None, eq=False)
-    attributes: Mapping[str, Any] = attrs.field(factory=dict, eq=False)  # of somebody else's exception
-
-    @classmethod
-    def of(cls, error: BaseException) -> Failure:
-        """Record an exception; its traceback is left behind."""
-        if isinstance(error, TGTinkerError):
-            fields: tuple[Any, ...] = (error.message, error.code, error.details, error.request_id)
-            kept: dict[str, Any] = {}
-        else:
-            fields = error.args
-            kept = {name: value for name, value in vars(error).items() if name != "__notes__"}
-        return cls(type(error), fields, tuple(getattr(error, "__notes__", ())), error.__cause__, kept)
-
-    def with_note(self, note: str) -> Failure:
-        """The same failure with one more line of context."""
-        return attrs.evolve(self, notes=(*self.notes, note))
-
-    def error(self) -> BaseException:
-        """A new exception that says what happened."""
-        if issubclass(self.cls, TGTinkerError):
-            error: BaseException = _restore(self.cls, *self.fields)
-        else:
-            error = _again(self.cls, self.fields)
-            vars(error).update(self.attributes)
-        error.__cause__ = self.cause
-        for note in self.notes:
-            error.add_note(note)
-        return error

@@ -15,6 +15,7 @@ from tg_tinker.core.reply import Reply
 from tg_tinker.core.retrieval import LoopsRetrieval
 from tg_tinker.core.run import RunCore
 from tg_tinker.core.service import ServiceCore
+from tg_tinker.errors import ServerError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import plane
 from tg_tinker.tokenizer import Tokenizers
@@ -208,4 +209,7 @@ def _answer(prompt: list[int], reply: Reply) -> SampleResponse:
 
 
 def _prompt_logprobs(prompt: list[int], reply: Reply) -> list[float | None]:
-    return list(_answer(prompt, reply).prompt_logprobs or ())
+    scored = _answer(prompt, reply).prompt_logprobs
+    if scored is None:
+        raise ServerError("the sampler's answer scores no prompt", code="BAD_ANSWER")
+    return list(scored)

@@ -55,8 +55,8 @@ class Settings:
     """What a ``ServiceClient`` goes by. Without a ``base_url`` a server is run on this machine, in ``home``.
 
     ``timeout`` bounds the server's silence on one HTTP request (seconds), ``ready_timeout`` the start of a server or a
-    run; ``retry_count`` is how often a request is tried again. The wait for an
-    operation's result is bounded by ``result(timeout)`` alone.
+    run; ``retry_count`` is how often a request is tried again, within 60 s or ``timeout``, whichever is shorter. The
+    wait for an operation's result is bounded by ``result(timeout)`` alone.
     """
 
     api_key: str | None = attrs.field(default=None, repr=False)

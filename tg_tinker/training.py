@@ -7,7 +7,7 @@ Made by ``ServiceClient.create_training_client``. The Loops client of the same n
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, final
 
@@ -17,6 +17,7 @@ from tg_tinker.core.call import Call, Flow, Options, call
 from tg_tinker.core.run import RunCore
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.faces import blocking, operation, stream, stream_twin, twin
+from tg_tinker.failure import Failure
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import checks
 from tg_tinker.types.batch import BatchData
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["StreamOptions", "TrainingClient", "json_object"]
 
 R = TypeVar("R")
+_STATUSES = {tg.RUN_COMPLETED: "completed", tg.RUN_FAILED: "failed"}
 
 
 class StreamOptions(TypedDict, total=False):
@@ -60,15 +62,15 @@ class TrainingClient:
     """A run of the TG surface: forward_backward and optim_step, sampling, sealed checkpoints.
 
     Operations take effect in the order in which they were called, whatever thread, loop or face they were called from.
-    ``step`` and ``status`` follow the results of ``optim_step`` and ``load_state``; ``refresh`` asks the server.
+    ``step`` and ``status`` follow what becomes of the operations, good or bad; ``refresh`` asks the server.
     """
 
     def __init__(self, core: RunCore, info: TrainingClientInfo, tokenizers: Tokenizers) -> None:
         self._core = core
         self._tokenizers = tokenizers
         self._mode = "train"
-        self._calls = 0  # numbers the calls that may change the step
-        self._seen = -1  # the last of them whose result has come in
+        self._calls = 0  # numbers the calls
+        self._seen = -1  # the last one whose end said something of step or status
         self._id = info.training_client_id
         self._config = _config_of(info)
         self._step = info.step
@@ -159,7 +161,7 @@ class TrainingClient:
             message = "mode: optim_step needs train mode; call train() first"
             raise InvalidRequestError(message, field="mode", constraint="train mode")
         body = tg.OptimStepRequest(apply_dp_noise=apply_dp_noise)
-        return self._call(tg.OPTIM_STEP, body, applies_gradient=True, on_result=self._follow())
+        return self._call(tg.OPTIM_STEP, body, moves=True, applies_gradient=True)
 
     optim_step_async = twin(optim_step)
 
@@ -262,7 +264,7 @@ class TrainingClient:
         if not isinstance(artifact_id, str) or not artifact_id:
             raise checks.refuse("artifact_id", "the artifact_id of a saved state", artifact_id)
         body = tg.LoadStateRequest(artifact_id=artifact_id)
-        return self._call(tg.LOAD_STATE, body, on_result=self._follow())
+        return self._call(tg.LOAD_STATE, body, moves=True)
 
     load_state_async = twin(load_state)
 
@@ -291,20 +293,27 @@ class TrainingClient:
 
     # -------------------------------------------------------------------------------------- how it is done
 
-    def _call(self, route: Route[R], body: object = None, **options: Unpack[Options]) -> Call[R]:
-        return call(route, body, parts={"id": self._id}, **options)
-
-    def _follow(self) -> Callable[[OptimStepResult | LoadStateResult], None]:
-        """A hook that takes over the step of a result, unless a later call's result was quicker."""
+    def _call(
+        self, route: Route[R], body: object = None, *, moves: bool = False, **options: Unpack[Options]
+    ) -> Call[R]:
+        """A call whose end tells what has become of the run: by its result where it ``moves`` the run, by its error."""
         self._calls += 1
-        return partial(self._take_step, self._calls)
+        if moves:
+            options["on_result"] = partial(self._take_step, self._calls)
+        options["on_failure"] = partial(self._take_failure, self._calls)
+        return call(route, body, parts={"id": self._id}, **options)
 
     def _take_step(self, number: int, result: OptimStepResult | LoadStateResult) -> None:
         if number < self._seen:
-            return
+            return  # a later call's end was quicker
         self._seen, self._step = number, result.step
         limit = self._config.max_steps
         self._status = "completed" if limit is not None and result.step >= limit else "active"
+
+    def _take_failure(self, number: int, failure: Failure) -> None:
+        status = _STATUSES.get(failure.code or "")
+        if status is not None and number >= self._seen:
+            self._seen, self._status = number, status
 
     def _refreshed(self, data: Any) -> TrainingClientInfo:
         info = codec.decode(TrainingClientInfo, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import copy
 import gc
@@ -55,12 +56,16 @@ def test_a_timeout_ends_only_the_wait(threaded: ThreadedServer, toy: Toy) -> Non
 
 @pytest.mark.parametrize("timeout", ["5", math.nan, True, [1]])
 def test_a_timeout_that_is_no_time_is_refused(threaded: ThreadedServer, toy: Toy, timeout: object) -> None:
-    """The field is named."""
+    """The field is named, also where the outcome is known and nobody would have to wait."""
     threaded.script.held.add("forward_backward")
-    future = toy.forward_backward([1])
-    with pytest.raises(errors.InvalidRequestError) as caught:
-        future.result(timeout=timeout)  # type: ignore[arg-type]
-    assert caught.value.field == "timeout"
+    future, done = toy.forward_backward([1]), toy.optim_step()
+    done.result()
+    for wait in (future.result, done.result, done.wait, done.exception):
+        with pytest.raises(errors.InvalidRequestError) as caught:
+            wait(timeout=timeout)  # type: ignore[arg-type]
+        assert caught.value.field == "timeout"
+    with pytest.raises(errors.InvalidRequestError):
+        asyncio.run(done.result_async(timeout=timeout))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**12])

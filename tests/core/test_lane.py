@@ -70,6 +70,19 @@ async def test_a_refused_gradient_spoils_the_places_taken_before_it_was_known() 
     """Only those who could not know of the refusal are spoilt."""
     lane = Lane()
     first, second = lane.take(), lane.take()
-    first.refuse()
-    assert second.spoilt
-    assert not lane.take().spoilt
+    first.refuse("forward_backward #1")
+    assert second.spoiler == "forward_backward #1"
+    assert lane.take().spoiler is None
+
+
+async def test_a_gradient_spoils_nobody_ahead_of_it() -> None:
+    """What was cancelled in the middle of the line concerns those behind it alone, and is forgotten with the line."""
+    lane = Lane()
+    ahead, cancelled, behind = lane.take(), lane.take(), lane.take()
+    cancelled.refuse("forward_backward #2")
+    assert ahead.spoiler is None
+    assert behind.spoiler == "forward_backward #2"
+    for place in (ahead, cancelled, behind):
+        place.leave()
+    assert lane.take().spoiler is None
+    assert lane.missing == []

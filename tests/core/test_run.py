@@ -70,6 +70,27 @@ async def test_a_step_behind_a_refused_gradient_is_not_sent(server: ScriptedServ
     assert server.order() == ["forward_backward", "optim_step"]
 
 
+async def test_a_step_behind_a_withdrawn_gradient_is_not_sent(server: ScriptedServer, toy: Toy) -> None:
+    """Cancelling a forward_backward that waits its turn stops the step behind it, by name, and not the one before."""
+    gate = asyncio.Event()
+    server.faults["forward_backward"].append(faults.until(gate))
+    first, before, cancelled, behind = (
+        toy.forward_backward([1]),
+        toy.optim_step(),
+        toy.forward_backward([2]),
+        toy.optim_step(),
+    )
+    assert await cancelled.cancel_async()
+    gate.set()
+    await first
+    await before
+    with pytest.raises(errors.OperationFailedError, match="forward_backward #3 before it failed or was cancelled"):
+        await behind
+    await toy.forward_backward([3])
+    await toy.optim_step()
+    assert server.order() == ["forward_backward", "optim_step"] * 2
+
+
 async def test_sequence_numbers_follow_the_order(server: ScriptedServer, toy: Toy) -> None:
     """Where the wire wants numbers, they are those of the places."""
     for _ in range(3):
@@ -293,6 +314,24 @@ async def test_closing_one_run_leaves_the_others_open(server: ScriptedServer, to
         other.forward_backward([1])
     assert repr(other.core) == "<RunCore run r-2 closed>"
     assert await toy.forward_backward([1]) == Numbered(1)
+
+
+async def test_a_hook_that_fails_at_close_keeps_nothing_from_closing(
+    toy: Toy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other hooks run, the tasks end, and the log has the error."""
+    ran: list[str] = []
+
+    def failing() -> None:
+        raise OSError(28, "no space left", "log.txt")
+
+    toy.core.at_close += [failing, lambda: ran.append("second")]
+    await toy.core.aclose()
+    assert ran == ["second"]
+    assert "failing" in caplog.text
+    assert "no space left" in caplog.text
+    with pytest.raises(errors.ClientClosedError):
+        toy.forward_backward([1])
 
 
 async def test_a_submit_in_flight_at_close_is_told(server: ScriptedServer, toy: Toy) -> None:

@@ -69,6 +69,16 @@ async def test_a_retry_after_beyond_the_patience_fails_at_once(server: ScriptedS
     assert caught.value.request_id == "req-9"
 
 
+async def test_tries_end_with_the_timeout_that_was_asked_for(server: ScriptedServer) -> None:
+    """Who gives the server little time waits no longer for another try, however patient the retries would be."""
+    hurried = Connection(FixedEndpoint(server.url), LoopHome(), policy=RetryPolicy(patience=60.0), timeout=0.5)
+    server.faults["healthz"].extend([faults.status(503, Retry_After="1")] * 2)
+    with pytest.raises(errors.ServerError):
+        await hurried.send(HEALTHY)
+    assert len(server.requests) == 1
+    await hurried.aclose()
+
+
 @pytest.mark.parametrize(
     ("status", "kind"),
     [
@@ -76,6 +86,7 @@ async def test_a_retry_after_beyond_the_patience_fails_at_once(server: ScriptedS
         (401, errors.AuthenticationError),
         (403, errors.AuthorizationError),
         (404, errors.ResourceNotFoundError),
+        (409, errors.TGTinkerError),
         (413, errors.InvalidRequestError),
         (422, errors.InvalidRequestError),
         (500, errors.ServerError),

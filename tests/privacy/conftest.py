@@ -1,4 +1,4 @@
-"""The test vectors, read once."""
+"""The test vectors, read once, and the tiny model, loaded once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from tg_tinker.engine import base_model
+from tg_tinker.engine.base_model import BaseModel
+
 VECTORS = Path(__file__).parents[1] / "vectors"
 
 
@@ -15,3 +18,10 @@ VECTORS = Path(__file__).parents[1] / "vectors"
 def clip_vectors() -> dict[str, Any]:
     """Read the clipping vectors."""
     return json.loads((VECTORS / "dp_clip_vectors.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """Load the tiny model in double precision."""
+    home = tmp_path_factory.mktemp("home")
+    return base_model.load("tg-tinker/tiny", home=home, device="cpu", dtype="float64")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, from_wire
+from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError
 from tg_tinker.privacy.accountant import Mechanism, spent
 from tg_tinker.privacy.ledger import Ledger
 from tg_tinker.privacy.policy import RunPrivacy
 from tg_tinker.privacy.settings import PrivacySettings
 from tg_tinker.types.config import DPConfig
+from tg_tinker.wire.errors import from_wire
 
 SECRET = bytes(32)
 SUMS = {"b": torch.linspace(-1, 1, 12).reshape(3, 4), "a": torch.ones(5)}
@@ -49,6 +51,11 @@ def test_without_a_declaration_nothing_is_claimed() -> None:
     assert settings(sample_rate=0.25).sample_rate == 0.25
     assert settings(batch=8, dataset_size=64).sample_rate == 0.125
     assert settings(batch=8, dataset_size=64, sample_rate=0.5).sample_rate == 0.5
+
+
+def test_secure_mode_changes_nothing() -> None:
+    """Noise is always drawn as ``secure_mode`` asks for, so the field is accepted and has no further effect."""
+    assert settings(secure_mode=True) == settings(secure_mode=False)
 
 
 def test_the_divisor_is_public() -> None:
@@ -135,6 +142,22 @@ def test_the_ledger_is_durable_before_noise_is_drawn(tmp_path: Path, monkeypatch
     monkeypatch.setattr("tg_tinker.privacy.noise.NoiseStream.normal", broken)
     with pytest.raises(RuntimeError):
         privacy(tmp_path).release(SUMS, step=1)
+    assert len(Ledger(tmp_path, "run-1")) == 1
+
+
+def test_no_noise_is_drawn_while_the_ledger_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A release whose charge did not reach the disk fails, however often it is tried, until the charge is there."""
+    run = privacy(tmp_path)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "no space left", str(descriptor))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="no space"):
+                run.release(SUMS, step=1)
+    assert run.release(SUMS, step=1).metrics.total_epsilon == pytest.approx(4.377178, abs=1e-5)
     assert len(Ledger(tmp_path, "run-1")) == 1
 
 

@@ -1,142 +1,33 @@
-"""Private training on the tiny model: against gradients taken one example at a time, and against an attacker."""
+"""Private training on the tiny model, against gradients taken one example at a time."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
 
-import attrs
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from fixtures.private_runs import (
+    LENGTHS,
+    Private,
+    everything,
+    finish,
+    gradient,
+    make_rows,
+    make_trainer,
+    one_by_one,
+    ticket,
+)
 
-from tg_tinker.engine import base_model
-from tg_tinker.engine.adapters import AdapterSpec
 from tg_tinker.engine.base_model import BaseModel
 from tg_tinker.engine.batching import Row
 from tg_tinker.engine.optim import OptimizerSettings
-from tg_tinker.engine.trainer import PassOutput, StepOutput, Steps, Trainer, TrainerState
-from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, OperationFailedError, TGTinkerError
+from tg_tinker.engine.trainer import TrainerState
+from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, OperationFailedError
 from tg_tinker.privacy.accountant import Mechanism, spent
-from tg_tinker.privacy.ledger import Ledger
-from tg_tinker.privacy.policy import RunPrivacy
-from tg_tinker.privacy.settings import PrivacySettings
-from tg_tinker.server.private import PrivateTraining
-from tg_tinker.types.config import DPConfig
-from tg_tinker.types.results import DPMetrics
-
-SGD = OptimizerSettings(name="sgd", learning_rate=1.0)
-LENGTHS = (5, 9, 12, 3, 7, 12)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    """Load the tiny model in double precision."""
-    home = tmp_path_factory.mktemp("home")
-    return base_model.load("tg-tinker/tiny", home=home, device="cpu", dtype="float64")
-
-
-def make_rows(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[Row]:
-    """Draw rows of different lengths; each row's first label is ignored."""
-    random = np.random.default_rng(seed)
-    rows = []
-    for length in lengths:
-        tokens = random.integers(0, 256, length)
-        targets = np.concatenate([tokens[1:], [-100]])
-        targets[0] = -100
-        rows.append(Row(tokens, targets))
-    return rows
-
-
-def make_trainer(base: BaseModel, **options: Any) -> Trainer:
-    """Make a trainer whose adapter is not zero anywhere."""
-    spec = AdapterSpec(rank=4, alpha=8.0, dropout=options.pop("dropout", 0.0), seed=1)
-    trainer = Trainer(base, spec, reduction=options.pop("reduction", "token_mean"), seed=5, **options)
-    random = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in trainer.adapter.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=random, dtype=parameter.dtype), alpha=0.05)
-    return trainer
-
-
-class Private:
-    """Passes and steps of a private run, as the server takes them."""
-
-    def __init__(self, trainer: Trainer, folder: Path, lineage: str = "run-1", **fields: Any) -> None:
-        config = DPConfig(**{"max_grad_norm": 0.05, "target_epsilon": None, "expected_batch_size": 4, **fields})
-        settings = PrivacySettings.of(config, default_batch_size=None)
-        self.trainer = trainer
-        self.privacy = RunPrivacy(settings, Ledger(folder, lineage), bytes(32))
-        self.joined = PrivateTraining(self.privacy, "one row of a batch")
-        self.joined.attach(trainer)
-
-    def forward_backward(self, rows: list[Row], loss_fn: str = "cross_entropy") -> PassOutput:
-        """Admit the rows and run the pass."""
-        self.joined.admit(rows, loss_fn, step=self.trainer.step + 1)
-        try:
-            return finish(self.trainer.forward_backward(rows, loss_fn))
-        except TGTinkerError:
-            self.joined.discard()
-            raise
-
-    def optim_step(self) -> tuple[StepOutput, DPMetrics]:
-        """Release the gradient and step with it."""
-        metrics = self.joined.release(self.trainer, noise=True)
-        return self.trainer.optim_step(SGD), metrics
-
-    def load(self, state: tuple[TrainerState, dict[str, Any]]) -> bool:
-        """Go back to a state; say whether its step in progress can be gone on with."""
-        going_on = self.joined.restore(state[1], with_step=True)
-        self.trainer.load(state[0], with_optimizer=True)
-        if not going_on:
-            self.trainer.discard_gradients()
-        return going_on
-
-    def state(self) -> tuple[TrainerState, dict[str, Any]]:
-        """Copy everything."""
-        return self.trainer.state(), self.joined.state()
-
-
-def finish(steps: Steps[Any]) -> Any:
-    """Run an operation to its end."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
-
-
-def gradient(trainer: Trainer) -> Tensor:
-    """Give the accumulated gradient as one vector."""
-    return torch.cat([parameter.grad.flatten() for parameter in trainer.adapter.parameters()])
-
-
-def one_by_one(base: BaseModel, rows: list[Row], norm: float, **options: Any) -> tuple[Tensor, list[float]]:
-    """Clip by the book: a plain pass per row, its gradient divided by its label tokens, scaled, added."""
-    total, norms = None, []
-    for row in rows:
-        trainer = make_trainer(base, reduction="sum", **options)
-        finish(trainer.forward_backward([row]))
-        single = gradient(trainer) / int((row.targets != -100).sum())
-        norms.append(float(single.norm()))
-        clipped = single * min(1.0, norm / norms[-1])
-        total = clipped if total is None else total + clipped
-    assert total is not None
-    return total, norms
-
-
-def everything(private: Private, folder: Path) -> str:
-    """Hash all there is: adapter, gradient, moments, counters, privacy state, ledger files."""
-    state, privacy = private.state()
-    digest = hashlib.sha256(repr((sorted(state.counters.items()), privacy)).encode())
-    for name, tensor in sorted(state.tensors.items()):
-        digest.update(name.encode() + tensor.numpy().tobytes())
-    for path in sorted(folder.iterdir()):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+from tg_tinker.server.operations import Offline
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [4096, 24])
@@ -232,6 +123,31 @@ def test_an_exhausted_budget_changes_nothing(base: BaseModel, tmp_path: Path) ->
     assert len(private.state()[1]["ledger"]) == 1
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        OptimizerSettings(schedule="cosine"),  # a schedule without an end
+        OptimizerSettings(schedule="cosine", total_steps=9, schedule_kwargs={"num_cycles": 1e308}),  # not computable
+    ],
+    ids=["no end", "no number"],
+)
+def test_a_step_without_a_learning_rate_changes_nothing(
+    base: BaseModel, tmp_path: Path, optimizer: OptimizerSettings
+) -> None:
+    """Such a step is refused before the release: no noise, no charge, all state as before, and a good step follows."""
+    private, other = Private(make_trainer(base), tmp_path / "a"), Private(make_trainer(base), tmp_path / "b")
+    for run in (private, other):
+        run.forward_backward(make_rows())
+        run.optim_step()
+        run.forward_backward(make_rows(1))
+    before = everything(private, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"schedule|domain"):
+        private.optim_step(optimizer)
+    assert everything(private, tmp_path / "a") == before
+    assert private.run.status == "active"
+    assert private.optim_step() == other.optim_step()
+
+
 def test_a_replayed_step_is_equal_and_free(base: BaseModel, tmp_path: Path) -> None:
     """Going back to a checkpoint and repeating the same step gives the same bits and costs nothing more."""
     private = Private(make_trainer(base), tmp_path)
@@ -300,11 +216,74 @@ def test_a_failed_pass_drops_its_examples(base: BaseModel, tmp_path: Path, monke
     assert len(private.privacy.state()["examples"]) == 6
 
 
+def test_a_pass_that_is_stopped_while_it_is_priced_spoils_the_step_behind_it(base: BaseModel, tmp_path: Path) -> None:
+    """A pass cancelled while its cost is computed elsewhere adds nothing, and no step is taken as if it had."""
+    private = Private(make_trainer(base), tmp_path, accountant_type="prv", sample_rate=0.5)
+    step = ticket("optim_step")
+    stopped = ticket("forward_backward")
+    steps = private.run.train(stopped, make_rows)
+    assert isinstance(next(steps), Offline)
+    steps.close()
+    step.accepted = stopped.accepted + 1.0
+    with pytest.raises(OperationFailedError, match=stopped.id):
+        private.run.check_gradients(step)
+    assert not private.privacy.state()["examples"]
+
+
 def test_losses_that_couple_examples_are_refused(base: BaseModel, tmp_path: Path) -> None:
     """A loss over pairs cannot be clipped example by example."""
     private = Private(make_trainer(base), tmp_path)
     with pytest.raises(InvalidRequestError) as caught:
         private.forward_backward(make_rows(), "dpo")
+    assert caught.value.field == "loss_fn"
+    assert not private.privacy.state()["examples"]
+
+
+def rewarded(row: Row, **inputs: Any) -> Row:
+    """Give a row what a policy loss reads: weights for all, log probabilities and advantages where it has labels."""
+    length = len(row.tokens)
+    given = {"logprobs": np.full(length, -1.0), "advantages": np.ones(length), **inputs}
+    return Row(row.tokens, row.targets, given)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "loss_fn"),
+    [
+        ({"ref_logprobs": np.zeros(9)}, "importance_sampling"),
+        ({"weights": np.ones(9, np.float32)}, "importance_sampling"),
+        ({"temperatures": np.ones(9, np.int64)}, "importance_sampling"),
+        ({"logprobs": np.append(np.full(8, -1.0), 7.0)}, "importance_sampling"),
+        ({"advantages": np.zeros(9)}, "cross_entropy"),
+    ],
+    ids=["unread column", "weights of one", "temperatures of one", "value without a label", "unread by this loss"],
+)
+def test_what_the_loss_ignores_makes_no_other_example(
+    base: BaseModel, tmp_path: Path, inputs: dict[str, Any], loss_fn: str
+) -> None:
+    """An example that comes again with another value of what its loss does not read is the same example."""
+    (row,) = make_rows(lengths=(9,))
+    private = Private(make_trainer(base), tmp_path)
+    private.forward_backward([rewarded(row)], loss_fn)
+    with pytest.raises(InvalidRequestError) as caught:
+        private.forward_backward([rewarded(row, **inputs)], loss_fn)
+    assert caught.value.field == "batch[0]"
+
+
+@pytest.mark.parametrize("name", ["weights", "temperatures", "logprobs", "advantages"])
+def test_what_the_loss_reads_makes_another_example(base: BaseModel, tmp_path: Path, name: str) -> None:
+    """The same tokens with another reward, say, are another example."""
+    (row,) = make_rows(lengths=(9,))
+    private = Private(make_trainer(base), tmp_path)
+    private.forward_backward([rewarded(row)], "importance_sampling")
+    private.forward_backward([rewarded(row, **{name: np.full(9, 0.5)})], "importance_sampling")
+    assert len(private.privacy.state()["examples"]) == 2
+
+
+def test_an_unknown_loss_is_refused_by_name(base: BaseModel, tmp_path: Path) -> None:
+    """A loss that does not exist is named before anything is noted."""
+    private = Private(make_trainer(base), tmp_path)
+    with pytest.raises(InvalidRequestError) as caught:
+        private.forward_backward(make_rows(), "hinge")
     assert caught.value.field == "loss_fn"
     assert not private.privacy.state()["examples"]
 
@@ -318,72 +297,3 @@ def test_hashes_are_keyed(base: BaseModel, tmp_path: Path) -> None:
         hashes.append(private.joined.gradient_hash(private.trainer))
     assert hashes[0] != hashes[1]
     assert all(value.startswith("hmac-sha256:") for value in hashes)
-
-
-# an attacker
-
-
-@attrs.frozen
-class Attack:
-    """Scores of an attacker who knows everything but whether the canary was there."""
-
-    absent: list[float]
-    present: list[float]
-
-    def epsilon_lower_bound(self, delta: float) -> float:
-        """Bound ε from below with 95 % confidence: best threshold, Clopper-Pearson at 97.5 % on either rate."""
-        from scipy.stats import beta
-
-        best = 0.0
-        n, m = len(self.absent), len(self.present)
-        for threshold in (*self.absent, *self.present):
-            hits = sum(score >= threshold for score in self.present)
-            alarms = sum(score >= threshold for score in self.absent)
-            low = beta.ppf(0.025, hits, m - hits + 1) if hits else 0.0
-            high = beta.ppf(0.975, alarms + 1, n - alarms) if alarms < n else 1.0
-            if low > delta:
-                best = max(best, float(np.log((low - delta) / high)))
-        return best
-
-
-def attack(base: BaseModel, folder: Path, runs: int, *, sigma: float, clipping: bool) -> Attack:
-    """Train tiny runs with and without a canary, and score each by its update's share along the canary's gradient."""
-    canary = make_rows(99, (12,))
-    others = make_rows(0, (6, 8, 10))
-    scores: dict[bool, list[float]] = {False: [], True: []}
-    direction = one_by_one(base, canary, norm=1.0)[0]
-    for number in range(runs):
-        present = number % 2 == 1
-        trainer = make_trainer(base)
-        private = Private(trainer, folder, f"attack-{number}", noise_multiplier=sigma)
-        private.privacy._secret = number.to_bytes(32, "little")
-        if not clipping:
-            recorder = trainer.per_example
-
-            def unclipped(batch: Any, recorder: Any = recorder) -> Any:
-                made = recorder(batch)
-                made._clipper._max_grad_norm = 1e9
-                return made
-
-            trainer.per_example = unclipped
-        before = torch.cat([parameter.detach().flatten().clone() for parameter in trainer.adapter.parameters()])
-        private.forward_backward([*others, *canary] if present else others)
-        private.optim_step()
-        after = torch.cat([parameter.detach().flatten() for parameter in trainer.adapter.parameters()])
-        scores[present].append(float((before - after) @ direction))
-    return Attack(scores[False], scores[True])
-
-
-def test_membership_cannot_be_told_beyond_epsilon(base: BaseModel, tmp_path: Path) -> None:
-    """At reported ε about 1, forty runs with and without a canary give a lower bound below the reported ε."""
-    sigma = 3.73
-    epsilon = spent({Mechanism(sigma, 1.0): 1}, 1e-5).epsilon
-    assert 0.9 < epsilon < 1.1
-    outcome = attack(base, tmp_path, 40, sigma=sigma, clipping=True)
-    assert outcome.epsilon_lower_bound(1e-5) < epsilon
-
-
-def test_without_clipping_the_canary_shows(base: BaseModel, tmp_path: Path) -> None:
-    """The same experiment with clipping switched off finds the leak: the lower bound passes the reported ε."""
-    outcome = attack(base, tmp_path, 40, sigma=3.73, clipping=False)
-    assert outcome.epsilon_lower_bound(1e-5) > spent({Mechanism(3.73, 1.0): 1}, 1e-5).epsilon

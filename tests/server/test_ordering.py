@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from fixtures.fake_engine import MODEL
-from fixtures.server_client import BATCH
+from fixtures.server_client import BATCH, KEY, datum
 
+from tg_tinker import InvalidRequestError, OperationFailedError, ServiceClient, TrainingConfig
 from tg_tinker.server.middleware import ROOMS
 
 
@@ -116,6 +118,83 @@ async def test_a_queued_operation_that_is_cancelled_never_runs(client, engine):
     assert engine.log.count("forward_backward[0]") == 1
     assert (await client.post(f"{first}/cancel")).json == {"success": False}
     assert (await client.run(f"{run}/optim_step"))["status"] == "completed"
+
+
+async def test_a_step_is_not_taken_without_a_pass_that_was_cancelled_before_it(client, engine):
+    """A step queued behind a pass that is then cancelled is refused, naming it; what is sent afterwards is taken."""
+    run = await client.create(MODEL)
+    engine.gate.clear()
+    first = await client.submit(f"{run}/forward_backward", {"batch": BATCH})
+    cancelled = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[7]]}})
+    step = await client.submit(f"{run}/optim_step")
+    assert (await client.post(f"{cancelled}/cancel")).json == {"success": True}
+    engine.gate.set()
+    assert (await client.result(first))["status"] == "completed"
+    outcome = await client.result(step)
+    assert (outcome["status"], outcome["error"]["code"]) == ("failed", "OPERATION_FAILED")
+    assert cancelled.rpartition("/")[2] in outcome["error"]["message"]
+    assert (await client.run(f"{run}/optim_step"))["status"] == "failed"  # the gradient of the first pass is gone
+    await client.run(f"{run}/forward_backward", {"batch": BATCH})
+    assert (await client.run(f"{run}/optim_step"))["result"]["step"] == 1
+
+
+async def test_a_cancelled_pass_spoils_only_the_step_behind_it(client, engine):
+    """A step before a cancelled pass is taken, and so is one behind a cancelled evaluation, which has no gradient."""
+    run = await client.create(MODEL)
+    engine.gate.clear()
+    futures = [
+        await client.submit(f"{run}/{name}", body)
+        for name, body in (
+            ("forward_backward", {"batch": BATCH}),
+            ("forward_backward", {"batch": BATCH, "mode": "eval"}),
+            ("optim_step", {}),
+            ("forward_backward", {"batch": BATCH}),
+            ("optim_step", {}),
+        )
+    ]
+    for future in (futures[1], futures[3]):
+        assert (await client.post(f"{future}/cancel")).json == {"success": True}
+    engine.gate.set()
+    statuses = [(await client.result(future))["status"] for future in futures]
+    assert statuses == ["completed", "cancelled", "completed", "cancelled", "failed"]
+
+
+async def test_a_load_clears_what_was_cancelled_before_it(client, engine):
+    """A pass cancelled in front of a load_state does not spoil the step that follows passes behind the load."""
+    run = await client.create(MODEL)
+    saved = (await client.post(f"{run}/save_state")).json["artifact_id"]
+    engine.gate.clear()
+    futures = [
+        await client.submit(f"{run}/{name}", body)
+        for name, body in (
+            ("forward_backward", {"batch": BATCH}),
+            ("forward_backward", {"batch": BATCH}),
+            ("load_state", {"artifact_id": saved}),
+            ("forward_backward", {"batch": BATCH}),
+            ("optim_step", {}),
+        )
+    ]
+    assert (await client.post(f"{futures[1]}/cancel")).json == {"success": True}
+    engine.gate.set()
+    statuses = [(await client.result(future))["status"] for future in futures]
+    assert statuses == ["completed", "cancelled", "completed", "completed", "completed"]
+
+
+async def test_loops_steps_are_not_taken_without_a_cancelled_pass(client, engine):
+    """On the Loops surface the step behind a cancelled pass is refused likewise."""
+    trainer, _ = await client.trainer(MODEL)
+    engine.gate.clear()
+    names = ("forward_backward", "forward_backward", "optim_step")
+    bodies = ({"data": [datum(1, 2)]}, {"data": [datum(3, 4)]}, {"adam_params": {}})
+    ids = [
+        (await client.post(f"{trainer}/{name}", body)).json["operation_id"]
+        for name, body in zip(names, bodies, strict=True)
+    ]
+    assert (await client.post(f"{trainer}/operations/{ids[1]}/cancel")).status == 200
+    engine.gate.set()
+    outcome = (await client.get(f"{trainer}/operations/{ids[2]}?wait=20")).json
+    assert (outcome["status"], outcome["code"]) == ("error", "OPERATION_FAILED")
+    assert "cancelled before it ran" in outcome["error"]
 
 
 async def test_a_running_pass_stops_at_the_next_micro_batch(client, engine):
@@ -241,3 +320,36 @@ async def test_deleting_a_client_cancels_what_it_still_had_to_do(client, engine)
     assert [(await client.result(future))["status"] for future in (running, queued)] == ["cancelled"] * 2
     assert (await client.get(run)).status == 404
     assert (await client.run(f"{other}/forward_backward", {"batch": BATCH}))["status"] == "completed"
+
+
+async def test_a_client_knows_the_run_s_status_from_a_failure(client, engine):
+    """A step that breaks in the middle, and what is refused after it, tell the client; a load makes it active again."""
+    url = str(client.server.make_url("")).rstrip("/")
+    async with ServiceClient(KEY, url) as service:
+        tc = await service.create_training_client_async(TrainingConfig(model_ref=MODEL, max_steps=2))
+        other = await service.get_training_client_async(tc.id)
+        saved = await tc.save_state_async()
+        trainer = engine.trainers[0]
+        trainer.optim_step, step = fail, trainer.optim_step
+        tc.forward_backward(BATCH)
+        with pytest.raises(OperationFailedError, match="broke in the middle") as caught:
+            await tc.optim_step()
+        assert (caught.value.code, tc.status, other.status) == ("RUN_FAILED", "failed", "active")
+        with pytest.raises(InvalidRequestError):
+            await other.forward_backward(BATCH)
+        assert other.status == "failed" == (await other.refresh_async()).status
+        trainer.optim_step = step
+        await tc.load_state_async(saved.artifact_id)
+        assert tc.status == "active"
+        for _ in range(2):
+            tc.forward_backward(BATCH)
+            await tc.optim_step()
+        assert (tc.status, other.status) == ("completed", "failed")
+        with pytest.raises(InvalidRequestError):
+            await other.optim_step()
+        assert other.status == "completed"
+
+
+def fail(_: object) -> None:
+    """Break as no error of ours would."""
+    raise RuntimeError("half of the moments")

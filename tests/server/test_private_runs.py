@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
 from fixtures.server_client import Client, datum
 
+from tg_tinker.privacy import accountant
 from tg_tinker.server.engine import TorchEngine
 from tg_tinker.wire import digest
 
@@ -120,6 +122,28 @@ async def test_the_ledger_is_never_rolled_back(real):
     assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 2
 
 
+async def test_the_ledger_outlives_the_server(serve, tmp_path):
+    """After a restart a client made from the checkpoint has spent what its weights had, and goes on from there."""
+    engine = TorchEngine(home=tmp_path, threads=1)
+    first = await serve(engine=engine)
+    run = await make(first)
+    for row in (10, 20):
+        await first.run(f"{run}/forward_backward", batch(row))
+        await first.run(f"{run}/optim_step")
+    saved = (await first.post(f"{run}/save_state")).json["artifact_id"]
+    spent = (await first.get(f"{run}/privacy")).json["total_epsilon"]
+    await first.server.close()
+    second = await serve(engine=engine)
+    heir = await make(second, checkpoint_id=saved)
+    report = (await second.get(f"{heir}/privacy")).json
+    assert (report["steps"], report["total_epsilon"]) == (2, spent)
+    metrics = (await second.run(f"{heir}/optim_step"))["result"]["dp_metrics"]
+    assert metrics["total_epsilon"] == pytest.approx(spent + metrics["epsilon_spent"])
+    assert metrics["epsilon_spent"] > 0
+    limited = await make(second, checkpoint_id=saved, dp_config={"target_epsilon": spent})
+    assert (await second.run(f"{limited}/optim_step"))["error"]["code"] == "DP_BUDGET_EXCEEDED"
+
+
 async def test_a_run_without_privacy_launders_nothing(real):
     """Steps without privacy on private weights have no bound: a private run that goes on from there says so."""
     run = await make(real)
@@ -141,6 +165,47 @@ async def test_a_run_without_privacy_launders_nothing(real):
     refused = await real.run(f"{limited}/forward_backward", batch(30))
     assert refused["error"]["code"] == "DP_BUDGET_EXCEEDED"
     assert refused["error"]["details"]["current_epsilon"] is None
+
+
+async def test_accounting_never_holds_the_device_thread(real, monkeypatch):
+    """What takes long to account for is computed on other threads: other runs and samples go on meanwhile."""
+    threads: list[str] = []
+    compute = accountant._epsilon
+
+    def noted(*arguments):
+        threads.append(threading.current_thread().name)
+        return compute(*arguments)
+
+    monkeypatch.setattr(accountant, "_epsilon", noted)
+    rate = 0.137  # no other test's, so that nothing of it is in the cache
+    config = {"accountant_type": "prv", "sample_rate": rate, "target_epsilon": 8.0}
+    run = await make(real, dp_config=config)
+    totals = []
+    for row in (10, 20):
+        await real.run(f"{run}/forward_backward", batch(row))
+        totals.append((await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]["total_epsilon"])
+    saved = (await real.post(f"{run}/save_state")).json["artifact_id"]
+    assert (await real.get(f"{run}/privacy")).json["total_epsilon"] == totals[1] > totals[0] > 0
+    heir = await make(real, checkpoint_id=saved, dp_config={**config, "sample_rate": rate + 0.01})
+    await real.run(f"{heir}/optim_step")
+    await real.run(f"{heir}/load_state", {"artifact_id": saved})
+    assert (await real.get(f"{heir}/privacy")).json["total_epsilon"] > totals[1]
+    assert "tg-tinker-device" not in threads
+    assert any(name.startswith("tg-tinker-offline") for name in threads)
+
+
+async def test_a_step_whose_learning_rate_cannot_be_computed_costs_nothing(real):
+    """On the wire as well such a step is refused with ε, step and gradient as they were, and the run stays active."""
+    optimizer = {"lr_scheduler": "cosine", "lr_scheduler_kwargs": {"num_cycles": 1e308}}
+    run = await make(real, optimizer=optimizer, max_steps=9)
+    await real.run(f"{run}/optim_step")  # the first step's learning rate is that of the beginning
+    gathered = (await real.run(f"{run}/forward_backward", batch(10)))["result"]["gradient_hash"]
+    before = [(await real.get(path)).json for path in (run, f"{run}/privacy")]
+    assert (await real.run(f"{run}/optim_step"))["status"] == "failed"
+    assert [(await real.get(path)).json for path in (run, f"{run}/privacy")] == before
+    assert before[0]["status"] == "active"
+    nothing = {**batch(20), "mode": "eval"}
+    assert (await real.run(f"{run}/forward_backward", nothing))["result"]["gradient_hash"] == gathered
 
 
 async def test_an_example_enters_a_step_once(real):

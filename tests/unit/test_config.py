@@ -128,6 +128,25 @@ def test_an_unknown_field_names_its_nearest_neighbour() -> None:
         TrainingConfig.from_dict({"model_ref": "m", "lora_confg": {}})
 
 
+def test_an_unknown_field_is_located_once() -> None:
+    """The message and the field give the whole path, and the message names the class after it."""
+    with pytest.raises(InvalidRequestError) as caught:
+        TrainingConfig.from_dict({"model_ref": "m", "lora_config": {"rnk": 4}})
+    error = caught.value
+    assert error.message == "lora_config.rnk: no field of LoRAConfig; did you mean 'rank'?"
+    assert error.field == "lora_config.rnk"
+    assert list(error.problems) == ["no field of LoRAConfig; did you mean 'rank'? @ $.lora_config.rnk"]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts"])
+def test_a_decaying_schedule_needs_an_end(schedule: str) -> None:
+    """A schedule without ``max_steps`` to decay over is refused when the config is made, not at the first step."""
+    with pytest.raises(InvalidRequestError) as caught:
+        TrainingConfig(model_ref="m", optimizer={"lr_scheduler": schedule})
+    assert caught.value.field == "max_steps"
+    assert TrainingConfig(model_ref="m", max_steps=3, optimizer={"lr_scheduler": schedule}).max_steps == 3
+
+
 def test_a_missing_model_is_named() -> None:
     """A config without its one required field says which one it is."""
     with pytest.raises(InvalidRequestError) as caught:
@@ -152,9 +171,11 @@ def test_a_yaml_file_makes_the_same_config(tmp_path: Any) -> None:
     )
     with pytest.raises(InvalidRequestError, match="cannot read"):
         TrainingConfig.from_yaml(tmp_path / "absent.yaml")
-    path.write_text("a: [", encoding="utf-8")
-    with pytest.raises(InvalidRequestError, match="cannot read"):
-        TrainingConfig.from_yaml(path)
+    for content in (b"a: [", "model_ref: caf\u00e9".encode("latin-1")):
+        path.write_bytes(content)
+        with pytest.raises(InvalidRequestError, match="cannot read") as caught:
+            TrainingConfig.from_yaml(path)
+        assert caught.value.field == "path"
 
 
 def test_configs_are_frozen_and_pickle() -> None:

@@ -165,3 +165,30 @@ assert process.alive()
         out, err = program.communicate(timeout=PATIENCE)
     assert (program.returncode, err) == (0, b"")
     await until_gone(int(out))
+
+
+@pytest.mark.usefixtures("listening")
+async def test_a_forgotten_client_gives_its_lease_back(tmp_path: Path) -> None:
+    """A client that is collected unclosed keeps nothing: the server ends when the last one is gone."""
+    kept, dropped = endpoint(tmp_path), endpoint(tmp_path)
+    await kept.resolve()
+    await dropped.resolve()
+    process = server_of(tmp_path).process
+    assert process is not None
+    del dropped
+    assert await process.ended.wait_async(0.2) is False
+    del kept
+    assert await process.ended.wait_async(PATIENCE)
+
+
+@pytest.mark.usefixtures("listening")
+async def test_a_client_that_never_called_ends_no_server(tmp_path: Path) -> None:
+    """One that is collected before it had a lease leaves the server to those who have."""
+    kept, dropped = endpoint(tmp_path), endpoint(tmp_path)
+    await kept.resolve()
+    process = server_of(tmp_path).process
+    assert process is not None
+    del dropped
+    assert await process.ended.wait_async(0.2) is False
+    await kept.aclose()
+    assert process.ended.is_set()

@@ -11,12 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker.errors import InvalidRequestError, ServerError
+from tg_tinker import sampling
+from tg_tinker.core.reply import Reply
+from tg_tinker.errors import (
+    DPBudgetExceededError,
+    FutureCancelledError,
+    InvalidRequestError,
+    ResourceNotFoundError,
+    ServerError,
+    TGTinkerError,
+)
+from tg_tinker.loops import plane
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import ModelInput, SamplingParams
 from tg_tinker.types.loops_results import SampledSequence, SampleResponse
 from tg_tinker.wire import codec, completions, digest, frames, headers, tg
 from tg_tinker.wire import loops as loops_wire
+from tg_tinker.wire.errors import from_wire
 from tg_tinker.wire.route import Route
 
 ROUTES = [route for table in (tg, loops_wire) for route in vars(table).values() if isinstance(route, Route)]
@@ -144,6 +155,34 @@ def test_a_foreign_answer_is_a_server_error(body: Any) -> None:
     """An answer that is no completion is the server's fault, and says so."""
     with pytest.raises(ServerError, match="not a completion"):
         completions.read_response(body, {}, [1])
+
+
+def test_a_prompt_that_was_not_scored_is_a_server_error() -> None:
+    """Log probabilities that an answer lacks are not an empty list of them."""
+    choice = {"index": 0, "token_ids": [5], "finish_reason": "length"}
+    body = codec.dumps({"choices": [choice]})
+    with pytest.raises(ServerError) as caught:
+        sampling._prompt_logprobs([1, 2], Reply(200, {}, body))
+    assert caught.value.code == "BAD_ANSWER"
+
+
+@pytest.mark.parametrize(
+    "path", ["bt://loops:/weights/a", "bt://loops:r-1/weights/", "bt://loops:r-1//a", "bt://loops:r-1/weights", 3]
+)
+def test_a_checkpoint_path_has_all_its_parts(path: object) -> None:
+    """A URI with an empty run, kind or name is refused before anything is sent."""
+    assert plane.checkpoint_path("bt://loops:r-1/weights/a") == "bt://loops:r-1/weights/a"
+    with pytest.raises(InvalidRequestError) as caught:
+        plane.checkpoint_path(path)
+    assert caught.value.field == "path"
+
+
+def test_an_error_is_rebuilt_by_code_then_by_status() -> None:
+    """Our codes name their class whatever the status; a conflict of somebody else's is nothing more than an error."""
+    assert type(from_wire({"code": "FUTURE_CANCELLED"}, 409)) is FutureCancelledError
+    assert type(from_wire({"code": "DP_BUDGET_EXCEEDED"}, 500)) is DPBudgetExceededError
+    assert type(from_wire({"message": "two writers"}, 409)) is TGTinkerError
+    assert type(from_wire({"code": "RUN_NOT_FOUND"}, 400)) is ResourceNotFoundError
 
 
 def test_older_samplers_name_tokens_as_text() -> None:

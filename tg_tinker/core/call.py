@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import attrs
 
+from tg_tinker.failure import Failure
 from tg_tinker.threads.caller import called_at, user_site
 from tg_tinker.wire import codec
 from tg_tinker.wire.route import Route
@@ -48,6 +49,7 @@ class Call(Plan[R]):
     applies_gradient: bool = False
     eager: bool = False  # fetch the outcome at once, whether or not anybody waits
     on_result: Callable[[R], None] | None = None  # a client's bookkeeping; runs at home, before anybody sees the result
+    on_failure: Callable[[Failure], None] | None = None  # likewise, where there is to be none
     timeout: float | None = None  # seconds without a byte until a request counts as lost; None: the connection's
     key: str = attrs.field(factory=_new_key)
     site: str = attrs.field(factory=user_site)
@@ -99,6 +101,7 @@ class Options(TypedDict, total=False):
     applies_gradient: bool
     eager: bool
     on_result: Callable[[Any], None] | None
+    on_failure: Callable[[Failure], None] | None
     timeout: float
 
 

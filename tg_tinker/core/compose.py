@@ -75,7 +75,7 @@ def _after(job: Job[None], future: OperationFuture[R], place: Place | None) -> N
     error = job.error()
     if place is not None:
         if error is not None:
-            place.refuse()  # it was kept for a gradient, which is not to come
+            place.refuse(future.operation)  # it was kept for a gradient, which is not to come
         place.leave()
     if error is not None:
         future.fail(left_open(error))

@@ -21,7 +21,7 @@ class Lane:
         self._lock = threading.Lock()
         self._tail: Place | None = None
         self._taken = 0
-        self.refusals = 0  # submits of gradients that the server did not take
+        self.missing: list[tuple[int, str]] = []  # gradients that will not come: their places and names
 
     def __repr__(self) -> str:
         """Say how many places were taken and whether anybody is in line."""
@@ -31,6 +31,8 @@ class Lane:
     def take(self) -> Place:
         """Take the next place; any thread, never waits."""
         with self._lock:
+            if self._tail is None or self._tail.left.is_set():
+                self.missing = []  # nobody is in line who could be waiting behind one of them
             self._taken += 1
             self._tail = Place(self, self._tail, self._taken)
             return self._tail
@@ -39,24 +41,25 @@ class Lane:
 class Place:
     """A place in line: ``async with place`` waits for those ahead and leaves at the end, whatever happens."""
 
-    __slots__ = ("_ahead", "_given_up", "_lane", "_refusals", "left", "number")
+    __slots__ = ("_ahead", "_given_up", "_known", "_lane", "left", "number")
 
     def __init__(self, lane: Lane, ahead: Place | None, number: int) -> None:
         self._lane = lane
         self._ahead = ahead
-        self._refusals = lane.refusals
+        self._known = len(lane.missing)
         self._given_up = False
         self.number = number
         self.left = Latch()
 
     @property
-    def spoilt(self) -> bool:
-        """Whether the server refused a gradient of this run since the place was taken."""
-        return self._lane.refusals != self._refusals
+    def spoiler(self) -> str | None:
+        """Name a gradient ahead of this place that will not come, which was not known when the place was taken."""
+        later = self._lane.missing[self._known :]
+        return next((name for number, name in later if number < self.number), None)
 
-    def refuse(self) -> None:
-        """Note that the server did not take this place's gradient."""
-        self._lane.refusals += 1
+    def refuse(self, name: str) -> None:
+        """Note that the gradient of this place, called ``name``, will not come."""
+        self._lane.missing.append((self.number, name))
 
     async def turn(self) -> None:
         """Wait until every place ahead has been left; a wait that is cancelled leaves no hole."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from tg_tinker.bridge import Job
 from tg_tinker.core.call import Call
 from tg_tinker.core.lane import Place
 from tg_tinker.core.retrieve import Poller, off_loop, read_direct
-from tg_tinker.errors import ClientClosedError, Failure, FutureCancelledError, OperationFailedError, TGTinkerError
+from tg_tinker.errors import ClientClosedError, FutureCancelledError, OperationFailedError, TGTinkerError
+from tg_tinker.failure import Failure
 from tg_tinker.futures import OperationFuture
 from tg_tinker.wire import headers
 
@@ -32,6 +35,7 @@ class Operation(Generic[R]):
         self._context = contextvars.copy_context()  # polls run in the context of the submit, whoever waits first
         self._sent = False
         self._withdrawn = False
+        self._refuse: Callable[[], None] = _nothing  # tells those behind it that its gradient will not come
         self._submit: Job[None] | None = None
         self._poller: Poller[R] | None = None
         self._polling: Job[None] | None = None
@@ -41,6 +45,8 @@ class Operation(Generic[R]):
     def begin(self, future: OperationFuture[R], call: Call[R], place: Place) -> None:
         """Schedule the submit."""
         name = f"{future.operation}#{place.number}"
+        if call.adds_gradient:
+            self._refuse = partial(place.refuse, f"{future.operation} #{place.number}")
         submit = self._run.home.spawn(
             self._send(future, call, place), name=name, group=self._run.tasks, context=self._context
         )
@@ -59,15 +65,14 @@ class Operation(Generic[R]):
                 self._sent = True
                 await self._post(future, call, place)
         except Exception as error:  # noqa: BLE001 - whatever went wrong, the future and the lane must hear of it
-            if call.adds_gradient:
-                place.refuse()
+            self._refuse()
             future.fail(Failure.of(error))
 
     def _check(self, call: Call[R], place: Place) -> None:
         self._run.check_open()
-        if call.applies_gradient and place.spoilt:
+        if call.applies_gradient and place.spoiler is not None:
             message = (
-                f"{call.route.operation} was not sent: a forward_backward before it failed, "
+                f"{call.route.operation} was not sent: {place.spoiler} before it failed or was cancelled, "
                 "so it would have applied an incomplete gradient"
             )
             raise OperationFailedError(message, operation=call.route.operation)
@@ -140,6 +145,7 @@ class Operation(Generic[R]):
 
     async def _withdraw(self, submit: Job[None]) -> None:
         self._withdrawn = True
+        self._refuse()
         submit.stop()
         await submit.ended.wait_async()
 
@@ -151,6 +157,10 @@ class Operation(Generic[R]):
                     await self._withdraw(self._submit)
                 if future.id and not future.outcome.settled:
                     await self._run.cancel(future.id)
+
+
+def _nothing() -> None:
+    """No gradient is missing without this operation."""
 
 
 def left_open(error: BaseException | None) -> Failure:

@@ -9,8 +9,9 @@ from typing import Any
 
 import attrs
 
-from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError, from_wire
+from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.wire import codec, headers
+from tg_tinker.wire.errors import from_wire
 
 __all__ = ["Reply"]
 

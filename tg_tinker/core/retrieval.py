@@ -12,8 +12,9 @@ from urllib.parse import quote
 import attrs
 
 from tg_tinker.core.reply import Reply
-from tg_tinker.errors import FutureCancelledError, OperationFailedError, ServerError, TGTinkerError, from_wire
+from tg_tinker.errors import FutureCancelledError, OperationFailedError, ServerError, TGTinkerError
 from tg_tinker.wire import loops, tg
+from tg_tinker.wire.errors import from_wire
 from tg_tinker.wire.route import Route
 
 __all__ = ["Done", "Failed", "LoopsRetrieval", "Pending", "Retrieval", "TGRetrieval"]

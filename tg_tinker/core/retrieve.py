@@ -16,12 +16,12 @@ from tg_tinker.core.reply import Reply
 from tg_tinker.core.retrieval import Done, Failed, Pending, Retrieval
 from tg_tinker.core.transport import Connection, Request
 from tg_tinker.errors import (
-    Failure,
     InvalidRequestError,
     ServerError,
     ServerRestartedError,
     TGTinkerError,
 )
+from tg_tinker.failure import Failure
 from tg_tinker.futures import OperationFuture
 
 __all__ = ["Poller", "decoded", "off_loop", "read_direct"]

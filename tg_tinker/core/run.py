@@ -19,9 +19,11 @@ from tg_tinker.core.retrieval import Retrieval
 from tg_tinker.core.retrieve import decoded, off_loop, read_direct
 from tg_tinker.core.service import ServiceCore
 from tg_tinker.core.transport import Request
-from tg_tinker.errors import ClientClosedError, Failure, ServerUnreachableError, TGTinkerError, from_wire
+from tg_tinker.errors import ClientClosedError, ServerUnreachableError, TGTinkerError
+from tg_tinker.failure import Failure
 from tg_tinker.futures import OperationFuture
 from tg_tinker.threads.channel import Channel
+from tg_tinker.wire.errors import from_wire
 from tg_tinker.wire.frames import FrameReader
 
 __all__ = ["RunCore"]
@@ -90,6 +92,7 @@ class RunCore:
             operation=call.route.operation,
             label=self._label(call, place),
             on_result=call.on_result,
+            on_failure=call.on_failure,
         )
         try:
             operation.begin(future, call, place)
@@ -159,7 +162,12 @@ class RunCore:
         operation: Operation[R] = Operation(self)
         label = f"{call.route.operation} {ticket}{self._on()}, looked up at {call.site}"
         future = OperationFuture(
-            self.home, operation, operation=call.route.operation, label=label, on_result=call.on_result
+            self.home,
+            operation,
+            operation=call.route.operation,
+            label=label,
+            on_result=call.on_result,
+            on_failure=call.on_failure,
         )
         operation.adopt(future, call, ticket)
         return future
@@ -170,7 +178,10 @@ class RunCore:
             return
         self.closed = True
         for finish in self.at_close:
-            await asyncio.to_thread(finish)
+            try:
+                await asyncio.to_thread(finish)
+            except Exception:  # a hook may fail in any way, but keeps neither the others nor the end from coming
+                _logger.exception("the hook %r, run at close%s, failed", finish, self._of())
         tasks = list(self.tasks)
         for task in tasks:
             task.cancel()

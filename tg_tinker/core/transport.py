@@ -38,7 +38,7 @@ _random = SystemRandom()
 
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
-    """How often a request is tried again: ``count`` times at most, within ``patience`` seconds."""
+    """How often a request is tried again: ``count`` times at most, ``patience`` seconds after the first try at most."""
 
     count: int = 5
     patience: float = 60.0
@@ -64,6 +64,7 @@ class Request:
     key: str | None = None
     timeout: float = 60.0
     good: frozenset[int] = frozenset(range(200, 300))
+    keyless: bool = False  # for a signed URL, which may be somebody else's
 
 
 class _Tries:
@@ -88,6 +89,10 @@ class _Tries:
         await asyncio.sleep(delay)
 
 
+def _nothing(_: Mapping[str, str]) -> None:
+    """Nobody wants to hear of headers."""
+
+
 class Connection:
     """The one session that all clients of a service share; every method runs on the home loop."""
 
@@ -100,13 +105,16 @@ class Connection:
         headers: Mapping[str, str] | None = None,
         verify_ssl: bool = True,
         timeout: float = 60.0,
+        hear: Callable[[Mapping[str, str]], object] = _nothing,
     ) -> None:
         self.endpoint = endpoint
         self.home = home
-        self.policy = policy or RetryPolicy()
+        given = policy or RetryPolicy()
+        self.policy = attrs.evolve(given, patience=min(given.patience, timeout))  # who wants no long wait gets none
         self.timeout = timeout  # seconds without a byte, where a call says nothing of its own
         self._headers = dict(headers or {})
         self._verify_ssl = verify_ssl
+        self._hear = hear  # told the headers of every answer
         self._session: aiohttp.ClientSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._opening = asyncio.Lock()
@@ -122,7 +130,7 @@ class Connection:
         tries = _Tries(self.policy)
         while True:
             try:
-                async with self._exchange(request) as response:
+                async with self.exchange(request) as response:
                     reply = Reply(response.status, response.headers, await response.read())
             except ServerUnreachableError as error:
                 await tries.after(error)
@@ -137,7 +145,7 @@ class Connection:
         while True:
             async with AsyncExitStack() as stack:
                 try:
-                    response = await stack.enter_async_context(self._exchange(request))
+                    response = await stack.enter_async_context(self.exchange(request))
                 except ServerUnreachableError as error:
                     await tries.after(error)
                     continue
@@ -150,7 +158,7 @@ class Connection:
             await tries.after(reply.error(), reply)
 
     @asynccontextmanager
-    async def _exchange(self, request: Request) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+    async def exchange(self, request: Request) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         """One request and its response. Raises ``ServerUnreachableError``, or what the endpoint knows of the matter."""
         session = await self._open()
         base, key = await self.endpoint.resolve()
@@ -169,6 +177,7 @@ class Connection:
         )
         try:
             async with self._gate.slot(), sending() as response:
+                self._hear(response.headers)
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise await self._explained(error, url) from error
@@ -181,7 +190,7 @@ class Connection:
 
     def _all_headers(self, request: Request, key: str | None) -> dict[str, str]:
         sent = {**self._headers, **request.headers}
-        if key:
+        if key and not request.keyless:
             sent["Authorization"] = f"Bearer {key}"
         if request.key:
             sent[names.IDEMPOTENCY_KEY] = request.key

@@ -278,6 +278,7 @@ class Sampler:
                 self._tell(stream, stream.listener.on_error, failures.typed(error))
 
     def _tell(self, stream: Stream, hear: Callable[..., None], *news: Any) -> None:
+        """Tell a listener; where that fails, its request has failed, and it is told so instead."""
         try:
             hear(*news)
         # As wide as it gets: a listener is foreign code, and its failure is no other request's affair.
@@ -285,6 +286,8 @@ class Sampler:
             logger.warning("request %d is dropped: its listener failed: %s", stream.handle, failures.trace(error))
             if not stream.ended:
                 self._end(stream)
+            if hear != stream.listener.on_error:
+                self._tell(stream, stream.listener.on_error, failures.typed(error))
 
 
 def _chunk(job: PrefillJob, count: int) -> Chunk:

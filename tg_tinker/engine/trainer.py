@@ -137,6 +137,10 @@ class Trainer:
         loss, complete = self._admit(rows, loss_fn, config)
         return (yield from self._passes(rows, loss, complete, gradients=False))
 
+    def check_step(self, optimizer: OptimizerSettings) -> None:
+        """Refuse settings that the next step cannot be taken with; raises ``InvalidRequestError``."""
+        learning_rate_at(optimizer, self.step)
+
     def optim_step(self, optimizer: OptimizerSettings) -> StepOutput:
         """Reduce and clip the gathered gradient, update the adapter, and start gathering anew.
 

@@ -14,20 +14,19 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from functools import partial
-from math import inf, isnan
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
 from tg_tinker.errors import (
     ClientClosedError,
-    Failure,
     FutureCancelledError,
     FutureTimeoutError,
-    InvalidRequestError,
     UnretrievedOperationWarning,
 )
+from tg_tinker.failure import Failure
 from tg_tinker.futures.backing import Backer, Home
 from tg_tinker.futures.outcome import Outcome
 from tg_tinker.threads.latch import Latch
+from tg_tinker.types import arguments
 
 __all__ = ["APIFuture", "FutureHandle", "OperationFuture"]
 
@@ -46,12 +45,14 @@ class OperationFuture(Generic[R]):
         operation: str,
         label: str,
         on_result: Callable[[R], None] | None = None,
+        on_failure: Callable[[Failure], None] | None = None,
     ) -> None:
         self._home = home
         self._backer: Backer | None = backer
         self._operation = operation
         self._label = label
         self._on_result = on_result
+        self._on_failure = on_failure
         self._pid = os.getpid()
         self._id = ""
         self._accepted = Latch()
@@ -113,8 +114,7 @@ class OperationFuture(Generic[R]):
         Raises ``FutureTimeoutError`` after ``timeout`` seconds (the operation goes on), and the operation's own
         typed error where it failed or was cancelled.
         """
-        finished = self._outcome.settled or self._wait(timeout)
-        if not finished:
+        if not self._wait(timeout):
             raise self._unfinished(timeout)
         self._looked_at = True
         if self._outcome.failure is not None:
@@ -123,8 +123,7 @@ class OperationFuture(Generic[R]):
 
     async def result_async(self, timeout: float | None = None) -> R:
         """Wait in a coroutine, on any asyncio loop; otherwise as ``result``."""
-        finished = self._outcome.settled or await self._wait_async(timeout)
-        if not finished:
+        if not await self._wait_async(timeout):
             raise self._unfinished(timeout)
         self._looked_at = True
         if self._outcome.failure is not None:
@@ -137,18 +136,19 @@ class OperationFuture(Generic[R]):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the operation is done, however it ended; return whether that was in time."""
-        return self._outcome.settled or self._wait(timeout, raises=False)
+        return self._wait(timeout, raises=False)
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Block until the operation is done and return its error, or None where it succeeded."""
-        finished = self._outcome.settled or self._wait(timeout)
-        if not finished:
+        if not self._wait(timeout):
             raise self._unfinished(timeout)
         self._looked_at = True
         return None if self._outcome.failure is None else self._outcome.failure.error()
 
     def _wait(self, timeout: float | None, *, raises: bool = True) -> bool:
-        seconds = _checked(timeout)
+        seconds = arguments.patience("timeout", timeout)
+        if self._outcome.settled:
+            return True
         self._home.check_blocking(f"{self._operation}(...).result()")
         self._check_process()
         with self._outcome.waiting(seconds) as current:
@@ -157,7 +157,9 @@ class OperationFuture(Generic[R]):
         return self._outcome.ended(current, raises=raises)
 
     async def _wait_async(self, timeout: float | None) -> bool:
-        seconds = _checked(timeout)
+        seconds = arguments.patience("timeout", timeout)
+        if self._outcome.settled:
+            return True
         self._check_process()
         with self._outcome.waiting(seconds) as current:
             self._wake()
@@ -318,13 +320,15 @@ class OperationFuture(Generic[R]):
             self._let_go()
 
     def fail(self, failure: Failure) -> None:
-        """The operation failed, was rejected, or was cancelled."""
+        """The operation failed, was rejected, or was cancelled; here, too, the client's bookkeeping comes first."""
+        if self._on_failure is not None and not self._outcome.settled:
+            self._on_failure(failure)
         cancelled = issubclass(failure.cls, FutureCancelledError)
         self._outcome.settle("cancelled" if cancelled else "failed", None, failure.with_note(self._label))
         self._let_go()
 
     def _let_go(self) -> None:
-        self._backer = self._on_result = None
+        self._backer = self._on_result = self._on_failure = None
         self._accepted.set()
 
 
@@ -333,17 +337,6 @@ def _guarded(callback: Callable[[OperationFuture[R]], object], future: Operation
         callback(future)
     except BaseException:  # a callback may fail in any way, but not end the loop it is called on
         _logger.exception("the callback %r of %r failed", callback, future)
-
-
-def _checked(timeout: float | None) -> float | None:
-    """``timeout`` as seconds from now, never negative. Raises ``InvalidRequestError`` where it is no time."""
-    if timeout is None:
-        return None
-    number: object = timeout
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or isnan(number):
-        message = f"timeout: expected seconds or None, got {timeout!r}"
-        raise InvalidRequestError(message, field="timeout", constraint="seconds or None")
-    return None if timeout == inf else max(0.0, float(timeout))
 
 
 FutureHandle = OperationFuture

@@ -12,7 +12,7 @@ from math import inf
 from time import monotonic
 from typing import Any, Generic, TypeVar
 
-from tg_tinker.errors import Failure
+from tg_tinker.failure import Failure
 from tg_tinker.threads.latch import Latch
 
 __all__ = ["Outcome", "Round"]

@@ -75,7 +75,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return high
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=1024)  # what is computed ahead on another thread must still be there for many runs
 def _spent(items: frozenset[tuple[Mechanism, int]], delta: float, accountant: str) -> Spent:
     used = dict(sorted(items, key=repr))
     total = _epsilon(used, delta, accountant)

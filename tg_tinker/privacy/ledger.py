@@ -94,9 +94,10 @@ class Ledger:
         """Tell whether this lineage released something as that step before."""
         return any(release.lineage == self.lineage and release.step == step for release in self._releases.values())
 
-    def counts(self, and_then: Mechanism | None = None) -> Counter[Mechanism]:
-        """Count how often each mechanism was used, optionally as if one more release followed."""
-        counts = Counter(release.mechanism for release in self._releases.values())
+    def counts(self, and_then: Mechanism | None = None, also: Iterable[Release] = ()) -> Counter[Mechanism]:
+        """Count how often each mechanism was used, optionally as if united with others, and as if one more followed."""
+        united = {release.release_id: release for release in also} | self._releases
+        counts = Counter(release.mechanism for release in united.values())
         if and_then is not None:
             counts[and_then] += 1
         return counts

@@ -77,6 +77,21 @@ class RunPrivacy:
         """Total so far."""
         return spent(self.ledger.counts(), self.settings.delta, self.settings.accountant)
 
+    @property
+    def accounts_slowly(self) -> bool:
+        """Whether a total that was not computed before takes long, a tenth of a second to one."""
+        return self.settings.accountant == "prv" and self.settings.sample_rate < 1.0
+
+    def account(self, also: Iterable[Mapping[str, Any]] = ()) -> None:
+        """Compute the total so far and after one more step, from any thread: who asks next finds them in the cache.
+
+        ``also`` are releases of a checkpoint that is about to be loaded. Raises ``InvalidRequestError`` where one of
+        them does not read.
+        """
+        others = [Release.from_dict(fields) for fields in also]
+        for following in (None, self.settings.mechanism()):
+            spent(self.ledger.counts(following, others), self.settings.delta, self.settings.accountant)
+
     def check_budget(self, *, noise: bool = True) -> None:
         """Refuse if one more step would pass the target.
 
@@ -140,7 +155,7 @@ class RunPrivacy:
         name = noise_source.release_id(key)
         if name not in self.ledger:
             self.check_budget(noise=noise)
-            self.ledger.append(self._entry(name, step, sigma))
+        self.ledger.append(self._entry(name, step, sigma))  # also where it is known: an earlier write may have failed
         gradients = _noised(sums, key, sigma * settings.max_grad_norm, settings.expected_batch_size)
         metrics = self._metrics(before, noise_applied=sigma > 0.0)
         self.discard()

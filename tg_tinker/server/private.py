@@ -5,18 +5,21 @@ What is refused, clipped, noised and charged is decided there; which tensors the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.batch import IGNORED
 from tg_tinker.types.config import DPConfig
+from tg_tinker.types.losses import spec_of
 from tg_tinker.types.results import DPMetrics, PrivacyReport
 from tg_tinker.wire.digest import tensor_digest
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from tg_tinker.engine.adapters import Adapter
@@ -50,7 +53,9 @@ class PrivateTraining:
 
         settings = PrivacySettings.of(config, default_batch_size=default_batch_size)
         secret = files.secret(home / "secrets" / "noise-secret")
-        return cls(RunPrivacy(settings, Ledger(home / "ledgers", run_id), secret), unit)
+        policy = RunPrivacy(settings, Ledger(home / "ledgers", run_id), secret)
+        policy.account()  # imports Opacus, if anything does: the device thread must not wait for that
+        return cls(policy, unit)
 
     @property
     def hash_key(self) -> bytes:
@@ -63,10 +68,12 @@ class PrivateTraining:
 
     def admit(self, rows: Sequence[Row], loss_fn: str, *, step: int) -> None:
         """Refuse a pass that the budget, the loss or an example used twice forbids; nothing has changed then."""
+        spec = spec_of(loss_fn)
         if loss_fn in PAIRED_LOSSES:
             message = f"loss_fn: {loss_fn} compares two examples, and differential privacy here protects single ones"
             raise InvalidRequestError(message, field="loss_fn", constraint="a loss of single examples")
-        self.policy.admit([{"tokens": row.tokens, "targets": row.targets, **row.inputs} for row in rows], step=step)
+        names = {*spec.required, *spec.optional} - {"target_tokens"}
+        self.policy.admit([_as_read(row, names) for row in rows], step=step)
 
     def discard(self) -> None:
         """The gradients of the step in progress were thrown away."""
@@ -151,6 +158,20 @@ class _Recorder:
                 for parameter, clipped_sum in zip((a, b), clipped.sums[layer], strict=True):
                     added = clipped_sum.to(parameter.dtype)
                     parameter.grad = added if parameter.grad is None else parameter.grad + added
+
+
+def _as_read(row: Row, names: Iterable[str]) -> dict[str, NDArray[Any]]:
+    """An example as its loss reads it: two that differ only in what it ignores are the same example."""
+    return {"tokens": row.tokens, "targets": row.targets, **{name: _input_as_read(row, name) for name in names}}
+
+
+def _input_as_read(row: Row, name: str) -> NDArray[Any]:
+    """One input, 0 where there is no target; one that is absent counts as ones. What misfits is refused later on."""
+    import numpy as np
+
+    read = row.labelled if name == "temperatures" else row.targets != IGNORED
+    values = np.asarray(row.inputs.get(name, np.ones(read.shape)), np.float64)
+    return np.where(read, values, 0.0) if values.shape == read.shape else values
 
 
 def _sums(trainer: Trainer) -> dict[str, Tensor]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, TGTinkerError
 from tg_tinker.server.lanes import Lane
 from tg_tinker.server.models import Model
+from tg_tinker.server.operations import Offline
+from tg_tinker.server.passes import Passes
 from tg_tinker.server.private import PrivateTraining
 from tg_tinker.server.tickets import Ticket
 from tg_tinker.server.versions import Versions
 from tg_tinker.types.results import DPMetrics, PrivacyReport
+from tg_tinker.wire.tg import RUN_COMPLETED, RUN_FAILED
 
 if TYPE_CHECKING:
     from tg_tinker.engine.adapters import FrozenAdapter
@@ -53,9 +57,9 @@ class Run:
         model: Model,
         trainer: Trainer,
         config: dict[str, Any],
+        versions: Versions,
         max_steps: int | None = None,
         privacy: PrivateTraining | None = None,
-        versions_kept: int = 8,
     ) -> None:
         self.id = run_id
         self.tenant = tenant
@@ -68,12 +72,12 @@ class Run:
         self.max_steps = max_steps
         self.created_at = datetime.now(UTC)
         self.lane = Lane(run_id)
-        self.versions = Versions(versions_kept)
+        self.versions = versions
         self.published = 0  # the last version number given out; device thread
         self.named: dict[tuple[str, str], tuple[str, int]] = {}  # (kind, name) -> artifact id, version; whole values
         self.broken: str | None = None
         self._carried: dict[str, dict[str, Any]] = {}  # releases behind weights that a run without DP started from
-        self._failed: list[tuple[Ticket, str]] = []  # passes since the last step, and why; device thread
+        self.passes = Passes()
 
     def __repr__(self) -> str:
         """Id, step, status."""
@@ -95,10 +99,10 @@ class Run:
         """Refuse training where it is over: ``InvalidRequestError`` with code RUN_COMPLETED or RUN_FAILED."""
         if self.broken is not None:
             message = f"run {self.id} failed in an optimizer step ({self.broken}): load a saved state to go on"
-            raise InvalidRequestError(message, field="status", constraint="an active run", code="RUN_FAILED")
+            raise InvalidRequestError(message, field="status", constraint="an active run", code=RUN_FAILED)
         if self.status == "completed":
             message = f"run {self.id} has taken its {self.max_steps} steps (max_steps); sampling and saving go on"
-            raise InvalidRequestError(message, field="max_steps", constraint="an active run", code="RUN_COMPLETED")
+            raise InvalidRequestError(message, field="max_steps", constraint="an active run", code=RUN_COMPLETED)
 
     def use(self, trainer: Trainer) -> None:
         """Train with this trainer from now on."""
@@ -116,23 +120,34 @@ class Run:
 
     def train(
         self, ticket: Ticket, read: Callable[[], Sequence[Any]], loss_fn: str = "cross_entropy", config: Any = None
-    ) -> Generator[None, None, PassOutput]:
+    ) -> Generator[Offline[None] | None, Any, PassOutput]:
         """A pass over the rows that ``read`` gives; if it fails or is stopped, all that was accumulated is dropped."""
+        self.passes.begun(ticket)
+        self.check_trainable()
         try:
+            yield from self.account()
             rows = read()
             if self.privacy is not None:
                 self.privacy.admit(rows, loss_fn, step=self.step + 1)
         # Whatever it is: nothing was added, and the step behind this pass must not be taken without it.
-        except Exception as error:
-            self._failed.append((ticket, _cause(error)))
+        except BaseException as error:
+            self.passes.failed(ticket, error)
             raise
         try:
             return (yield from self.trainer.forward_backward(rows, loss_fn, config))
         # Not only errors: one that is cancelled half-way (GeneratorExit) leaves half a gradient behind.
         except BaseException as error:
             self.discard_gradients()
-            self._failed.append((ticket, _cause(error)))
+            self.passes.failed(ticket, error)
             raise
+
+    def account(self, loading: Mapping[str, Any] | None = None) -> Generator[Offline[None], Any, None]:
+        """Have what the run has spent, and the next step's cost, computed on another thread where that takes long.
+
+        ``loading`` is the privacy state of a checkpoint that is about to be loaded.
+        """
+        if self.privacy is not None and self.privacy.policy.accounts_slowly:
+            yield Offline(partial(self.privacy.policy.account, () if loading is None else loading["ledger"]))
 
     def discard_gradients(self) -> None:
         """Forget what was gathered since the last step."""
@@ -142,17 +157,14 @@ class Run:
 
     def check_gradients(self, ticket: Ticket) -> None:
         """Refuse a step that was accepted before its client could know that a pass before it had failed."""
-        failed, self._failed = self._failed, []
-        for culprit, cause in failed:
-            if culprit.failure_told is None or culprit.failure_told > ticket.accepted:
-                self.discard_gradients()
-                message = (
-                    f"{ticket.operation} was not taken: {culprit.operation} {culprit.id} before it failed: {cause}"
-                )
-                raise OperationFailedError(message, operation=ticket.operation)
+        spoiler = self.passes.spoiler(ticket)
+        if spoiler is not None:
+            self.discard_gradients()
+            raise OperationFailedError(f"{ticket.operation} was not taken: {spoiler}", operation=ticket.operation)
 
     def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:
         """Apply the accumulated gradients; a step that breaks in the middle leaves the run "failed"."""
+        self.trainer.check_step(optimizer)  # before the release: what was charged and noised must be applied
         metrics = None if self.privacy is None else self.privacy.release(self.trainer, noise=noise)
         self._frozen = None
         try:
@@ -160,10 +172,11 @@ class Run:
         except TGTinkerError:
             raise
         # Whatever else it is, weights and moments may no longer belong together.
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             self.broken = f"{type(error).__name__}: {error}"
             self._note_open_step()
-            raise
+            message = f"optim_step broke in the middle ({self.broken}); load a saved state to go on"
+            raise OperationFailedError(message, operation="optim_step", code=RUN_FAILED) from None
         self._note_open_step()
         return output, metrics
 
@@ -198,13 +211,8 @@ class Run:
     def start_afresh(self) -> None:
         """The weights were replaced: failures before that no longer matter."""
         self._frozen = None
-        self._failed.clear()
+        self.passes.forget()
         self.broken = None
-
-
-def _cause(error: BaseException) -> str:
-    """Say why a pass failed; the error itself would keep the pass's frames alive, and with them its batch."""
-    return str(getattr(error, "message", error)) or "it was cancelled"
 
 
 class Runs:

@@ -28,7 +28,6 @@ def forward_backward(
     if request.mode == "eval":
         output = yield from run.trainer.forward(engine.rows(request.batch))
     else:
-        run.check_trainable()
         output = yield from run.train(ticket, lambda: engine.rows(request.batch))
     return results.ForwardBackwardResult(
         loss=output.loss,
@@ -44,12 +43,12 @@ def optim_step(
 ) -> Steps[results.OptimStepResult]:
     """One optimizer step of the run's own optimizer."""
     begun = monotonic()
-    yield from ()
     if request.mode == "eval":
         message = "mode: optim_step needs train mode; call train() first"
         raise InvalidRequestError(message, field="mode", constraint="train mode")
     run.check_trainable()
     run.check_gradients(ticket)
+    yield from run.account()
     optimizer = engine.optimizer(**optimizer_fields(run.config, run.max_steps))
     output, metrics = run.step_with(optimizer, noise=request.apply_dp_noise)
     ticket.dp_metrics = None if metrics is None else metrics.to_dict()

@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from tg_tinker.errors import ClientClosedError, Failure
+from tg_tinker.errors import ClientClosedError
+from tg_tinker.failure import Failure
 from tg_tinker.threads.latch import Latch
 
 T = TypeVar("T")

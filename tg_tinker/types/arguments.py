@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from tg_tinker.types import checks
 
-__all__ = ["optional_text", "text", "whole"]
+__all__ = ["flag", "optional_text", "patience", "seconds", "text", "whole"]
 
 
 def text(field: str, value: object) -> str:
@@ -24,4 +26,27 @@ def whole(field: str, value: object, low: int, high: int | None = None) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
         wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
         raise checks.refuse(field, wanted, value)
+    return value
+
+
+def seconds(field: str, value: object) -> float:
+    """A finite length of time greater than 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise checks.refuse(field, "a number of seconds greater than 0", value)
+    return float(value)
+
+
+def patience(field: str, value: object) -> float | None:
+    """How long to wait, never less than 0 seconds; None, and infinity, are as long as it takes."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise checks.refuse(field, "seconds or None", value)
+    return None if value == math.inf else max(0.0, float(value))
+
+
+def flag(field: str, value: object) -> bool:
+    """True or False, nothing that merely looks like it."""
+    if not isinstance(value, bool):
+        raise checks.refuse(field, "True or False", value)
     return value

@@ -138,9 +138,7 @@ def build(cls: type[T], fields: Mapping[str, Any], at: str = "") -> T:
     known = [field.alias or field.name for field in attrs.fields(cls) if field.init]  # type: ignore[arg-type]
     for name in fields:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known fields: {', '.join(known)}"
-            raise located(InvalidRequestError(f"{cls.__name__} has no field {name!r}{hint}", field=str(name)), at)
+            raise located(_unknown(cls, str(name), known), at)
     missing = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING and f.name not in fields]  # type: ignore[arg-type]
     if missing:
         raise located(refuse(missing[0], "a value (it has no default)", None), at)
@@ -159,7 +157,16 @@ def located(error: InvalidRequestError, at: str) -> InvalidRequestError:
     field = f"{at}.{error.field}" if error.field else at
     problems = [problem.replace("@ $", f"@ $.{at}", 1) for problem in error.problems]
     problems = problems or [f"{error.message} @ $.{field}"]
-    return InvalidRequestError(f"{at}.{error.message}", field=field, constraint=error.constraint, problems=problems)
+    named = error.field is not None and error.message.startswith(error.field)  # "rank: expected ..."
+    message = f"{at}{'.' if named else ': '}{error.message}"
+    return InvalidRequestError(message, field=field, constraint=error.constraint, problems=problems)
+
+
+def _unknown(cls: type, name: str, known: list[str]) -> InvalidRequestError:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
+    problem = f"no field of {cls.__name__}; {hint}"
+    return InvalidRequestError(f"{name}: {problem}", field=name, problems=[f"{problem} @ $.{name}"])
 
 
 def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:

@@ -162,6 +162,12 @@ class TrainingConfig:
                 problems=["expected a LoRAConfig, got None @ $.lora_config"],
             )
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse a schedule that decays towards an end which is not given: no step could be taken with it."""
+        if self.optimizer.lr_scheduler != "constant" and self.max_steps is None:
+            wanted = f"a number of steps, for the {self.optimizer.lr_scheduler} schedule to decay over"
+            raise checks.refuse("max_steps", wanted, None)
+
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainingConfig:
         """Build a config from nested dicts; unknown fields are refused with the nearest known name."""
@@ -176,7 +182,7 @@ class TrainingConfig:
 
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidRequestError(f"cannot read the config {path}: {error}", field="path") from error
         return cls.from_dict(fields)
 

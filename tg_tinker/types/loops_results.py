@@ -157,12 +157,12 @@ class ModelData(Value):
 
 @attrs.frozen(kw_only=True)
 class GetInfoResponse(Value):
-    """Base model, LoRA rank and sequence limit (tokens) of a run."""
+    """Base model, LoRA rank (None: a trainer that does not tell) and sequence limit (tokens) of a run."""
 
     model_data: ModelData
     model_name: str
     is_lora: bool
-    lora_rank: int
+    lora_rank: int | None
     max_seq_len: int | None
 
 

@@ -37,11 +37,16 @@ LOSSES: Mapping[str, LossSpec] = {
 }
 
 
-def settings(loss_fn: object, config: object) -> dict[str, float | bool]:
-    """The loss's config with defaults filled in; raises ``InvalidRequestError`` for unknown losses, keys and values."""
+def spec_of(loss_fn: object) -> LossSpec:
+    """What a loss needs; raises ``InvalidRequestError`` for an unknown one."""
     if not isinstance(loss_fn, str) or loss_fn not in LOSSES:
         raise checks.refuse("loss_fn", f"one of {', '.join(LOSSES)}", loss_fn)
-    spec = LOSSES[loss_fn]
+    return LOSSES[loss_fn]
+
+
+def settings(loss_fn: object, config: object) -> dict[str, float | bool]:
+    """The loss's config with defaults filled in; raises ``InvalidRequestError`` for unknown losses, keys and values."""
+    spec = spec_of(loss_fn)
     if config is not None and not isinstance(config, Mapping):
         raise checks.refuse("loss_fn_config", "a dict of numbers", config)
     for key, value in (config or {}).items():

@@ -16,6 +16,9 @@ from tg_tinker.types.loops import ModelInput, SamplingParams
 from tg_tinker.types.loops_results import SampledSequence, SampleResponse
 from tg_tinker.wire import headers
 
+#: what a published client can ask for beyond this server; to leave it out would answer another question
+_NOT_OFFERED = ("include_routed_experts", "structured_outputs")
+
 
 @attrs.frozen(kw_only=True)
 class CompletionRequest:
@@ -61,6 +64,9 @@ def request_body(
 
 def read_request(body: Mapping[str, Any]) -> CompletionRequest:
     """The request of a body; unknown keys are ignored. Raises ``InvalidRequestError`` naming the field."""
+    for name in _NOT_OFFERED:
+        if body.get(name):
+            raise checks.refuse(name, "nothing: this server does not offer it", body[name])
     prompt = body.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise checks.refuse("prompt", "a non-empty list of token ids (text only)", prompt)

@@ -8,7 +8,13 @@ RETRY_AFTER = "Retry-After"
 
 #: Ours: the wire extensions a server offers, by name, comma-separated. Nothing depends on one being there.
 EXTENSIONS = "X-TG-Extensions"
-OFFERED = ("wait", "exact-version", "frames")
+OFFERED = ("wait", "exact-version", "frames", "audit-head")
+
+#: Ours: the newest signed head of the tenant's audit log, in JSON: evidence for the client to keep.
+AUDIT_HEAD = "X-TG-Audit-Head"
+
+#: Ours: the tenant that the API key belongs to.
+TENANT = "X-TG-Tenant"
 
 #: RFC 7240: asks the TG wire to accept ``sample``, ``save_state`` and ``load_state`` with 202 and a future to retrieve.
 PREFER = "Prefer"

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from tg_tinker.types import loops, loops_results
+from tg_tinker.types import checks, loops, loops_results
 from tg_tinker.wire.route import Route
 
 SCHEMA_VERSION = 1
@@ -54,7 +54,10 @@ class SaveStateRequest:
 
 @attrs.frozen(kw_only=True)
 class SaveWeightsForSamplerRequest:
-    """Publish the adapter under a name; every publish makes a new version, whatever ``bump_version`` says."""
+    """Publish the adapter under a name; every publish makes a new version.
+
+    With ``bump_version`` it takes over from checkpoints that published clients sample from until then.
+    """
 
     name: str
     ttl_seconds: int | None = None
@@ -78,7 +81,7 @@ class LoadStateRequest:
 class InitTrainerServerRequest:
     """A fresh adapter of the given rank."""
 
-    lora_rank: int
+    lora_rank: int = attrs.field(validator=checks.integer(1, 512))
     base_model: str | None = None
     seq_id: int | None = None
     run_id: str | None = None
@@ -120,13 +123,15 @@ class TrainerRequest:
 
     base_model: str
     session_id: str | None = None
-    lora_rank: int = 32
+    lora_rank: int = attrs.field(default=32, validator=checks.integer(1, 512))
     seed: int | None = None
     max_seq_len: int | None = None
     path: str | None = None
     name: str | None = None
     replicas: int = 1
+    scope: str | None = None
     dp_config: dict[str, Any] | None = None
+    with_sampler: bool | None = None  # ours: ``save_state`` is to publish as well
 
 
 @attrs.frozen(kw_only=True)
@@ -169,6 +174,7 @@ class SamplerRequest:
     base_model: str | None = None
     model_path: str | None = None
     max_seq_length: int | None = None
+    scope: str | None = None
 
 
 @attrs.frozen(kw_only=True)
@@ -246,6 +252,7 @@ WAKE = Route("wake", "POST", "/wake", dict[str, Any])
 CREATE_SESSION = Route("create_session", "POST", "/v1/loops/sessions", SessionEnvelope)
 CREATE_TRAINER = Route("create_lora_training_client", "POST", "/v1/loops/trainers", RunEnvelope)
 GET_RUN = Route("get_run", "GET", "/v1/loops/runs/{id}", RunEnvelope)
+DEACTIVATE_RUN = Route("deactivate_run", "POST", "/v1/loops/runs/{id}/deactivate", dict[str, Any])
 CREATE_SAMPLER = Route("create_sampling_client", "POST", "/v1/loops/samplers", SamplerEnvelope)
 CHECKPOINTS = Route("list_checkpoints", "GET", "/v1/loops/checkpoints", CheckpointsEnvelope)
 CHECKPOINT_VALIDATE = Route("validate_checkpoint", "POST", "/v1/loops/checkpoints/validate", dict[str, Any])

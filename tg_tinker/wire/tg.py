@@ -18,6 +18,7 @@ from tg_tinker.wire.route import Route
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 ENDED = ("completed", "failed", "cancelled")
+RUN_COMPLETED, RUN_FAILED = "RUN_COMPLETED", "RUN_FAILED"  # codes of errors that tell what has become of the run
 
 
 @attrs.frozen(kw_only=True)

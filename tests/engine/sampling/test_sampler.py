@@ -240,15 +240,17 @@ def test_bad_requests_name_the_field(kit, base, field, value):
     assert not sampler.busy
 
 
-@pytest.mark.parametrize("moment", ["on_token", "on_done"])
-def test_a_listener_that_raises_hurts_nobody(kit, base, moment):
-    """A listener that raises loses its own request; the others say what they would have said."""
+@pytest.mark.parametrize("moment", ["on_token", "on_done", "on_error"])
+def test_a_listener_that_raises_hurts_nobody(kit, base, moment, caplog):
+    """A listener that raises ends its own request, which is logged and told; the others say what they would have."""
     broken = kit.Recorder()
 
     def fail(*_news):
         raise ValueError(moment)
 
     setattr(broken, moment, fail)
+    if moment == "on_error":  # the news of a failure fails as well: there is nobody left to tell
+        broken.on_token = fail
     sampler = Sampler(base, slots=3)
     sampler.submit(kit.request(kit.prompt(5), max_tokens=3), broken)
     requests = [kit.request(kit.prompt(5 + n), seed=n) for n in range(1, 4)]
@@ -256,6 +258,8 @@ def test_a_listener_that_raises_hurts_nobody(kit, base, moment):
     kit.drain(sampler)
     alone = kit.run(Sampler(base), *requests)
     assert [other.result.tokens for other in others] == [own.tokens for own in alone]
+    assert "its listener failed" in caplog.text
+    assert moment == "on_error" or isinstance(broken.error, OperationFailedError)
 
 
 def test_listeners_may_submit_and_cancel(kit, base):
