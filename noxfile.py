@@ -6,6 +6,7 @@ A session fills a virtual environment of its own; under ``--no-venv`` (the CI sc
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ nox.options.default_venv_backend = (
     "virtualenv"  # with pip inside, which finds a CPU build of torch where one is offered
 )
 nox.options.error_on_external_run = True
+nox.options.error_on_missing_interpreters = True
 nox.options.reuse_existing_virtualenvs = True
 nox.options.sessions = ["lint", "typing", "tests"]
 
@@ -22,6 +24,7 @@ CONSTRAINTS = ("-c", "constraints.txt")
 TORCH = "torch==2.13.0"
 TINY = "tg-tinker/tiny"
 BARE = ("tests/bare", "tests/bridge", "tests/core", "tests/faces")  # what promises to work without the server's extra
+PUBLISHED = {"0.7.1": (), "0.32.0": (TORCH,)}  # the published Loops client, and what each version needs beside itself
 CHECKED = ("tg_tinker", "tests", "examples", "benchmarks", "noxfile.py")
 
 # One thread a process: small models are fastest so, and two threads collapse when something else runs.
@@ -96,6 +99,35 @@ def bench(session: nox.Session) -> None:
     """Measure, and write the figures as JSON; arguments go to the runner."""
     install(session, "-e", ".[server,dev]", torch=True)
     session.run("python", "-m", "benchmarks", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(default=False, python="3.12")
+def conformance(session: nox.Session) -> None:
+    """Drive the published Loops client, each version in an environment of its own, against our server.
+
+    Needs Python 3.12, as that client does. The server runs in the session's environment; pytest's arguments after --.
+    """
+    if not session.virtualenv.is_sandboxed:
+        session.error("the published client and our server need environments of their own: leave --no-venv out")
+    install(session, "-e", ".[server]", torch=True)
+    command = shutil.which("tg-tinker", path=session.bin)
+    checks = ("-c", "tests/conformance/pytest.ini", "tests/conformance")
+    for version, beside in PUBLISHED.items():
+        python = published_client(session, version, *beside)
+        settings = ENVIRONMENT | {"TG_TINKER_COMMAND": command}
+        session.run(python, "-m", "pytest", *checks, *session.posargs, env=settings, external=True)
+
+
+def published_client(session: nox.Session, version: str, *beside: str) -> str:
+    """Make an environment that holds the published client and nothing of ours; gives its Python."""
+    folder = Path(session.virtualenv.location).resolve() / f"baseten-loops-{version}"
+    if not folder.exists():
+        session.run("python", "-m", "venv", str(folder))
+    python = str(folder / Path(session.bin).name / "python")
+    for packages in (beside, (f"baseten-loops=={version}", "pytest", "pytest-asyncio", "pytest-timeout")):
+        if packages:
+            session.run(python, "-m", "pip", "install", "--quiet", *packages, external=True)
+    return python
 
 
 @nox.session(default=False)

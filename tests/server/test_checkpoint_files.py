@@ -79,3 +79,22 @@ async def test_a_signed_url_opens_one_file_for_a_while(real, monkeypatch):
     monkeypatch.undo()
     await real.call("DELETE", f"/v1/artifacts/{checkpoint['id']}")
     assert (await stranger.get(url)).status == 404
+
+
+async def test_a_file_is_served_from_any_byte_on(real):
+    """A range is answered with that part of the file; one behind its end, or more than one, is refused as such."""
+    trainer, _ = await real.trainer(TINY)
+    await real.operate(trainer, "save_weights_for_sampler", {"name": "p"})
+    (checkpoint,) = (await real.get(f"/v1/loops/checkpoints?base_model={TINY}")).json["checkpoints"]
+    listing = (await real.get(f"/v1/loops/checkpoints/{checkpoint['id']}/files")).json
+    file = listing["presigned_urls"][1]
+    url, size = file["url"].replace(str(real.server.make_url("/")), "/"), file["size_bytes"]
+    whole = await real.get(url)
+    assert (whole.status, whole.headers["Accept-Ranges"], len(whole.body)) == (200, "bytes", size)
+    for asked, start, stop in (("100-", 100, size), ("0-9", 0, 10), ("-5", size - 5, size)):
+        part = await real.get(url, Range=f"bytes={asked}")
+        assert (part.status, part.body) == (206, whole.body[start:stop])
+        assert part.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
+    behind = await real.get(url, Range=f"bytes={size}-")
+    assert (behind.status, behind.headers["Content-Range"]) == (416, f"bytes */{size}")
+    assert (await real.get(url, Range="bytes=0-1,3-4")).status == 422

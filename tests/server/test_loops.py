@@ -4,9 +4,7 @@ import asyncio
 
 import pytest
 from fixtures.fake_engine import MODEL
-from fixtures.server_client import datum
-
-from tg_tinker.server.middleware import ROOMS
+from fixtures.server_client import OTHER_KEY, datum
 
 PASS = {"data": [datum(1, 2, 3), datum(4, 5)], "loss_fn": "cross_entropy", "loss_fn_config": None}
 ADAM = {"adam_params": {"learning_rate": 4e-5}}
@@ -130,45 +128,21 @@ async def test_a_pinned_version_never_changes(client):
     assert await first_token(X_Checkpoint_Path=path, X_Min_Policy_Version="9") == (12, "1")
 
 
-async def test_versions_are_kept_evicted_and_read_back(serve):
-    """The newest few stay in memory; an older one is read back while its name lives, and is a typed error after."""
-    client = await serve(versions_kept=2)
+async def test_a_bumped_version_takes_over_from_a_checkpoint(client):
+    """A sample that names a checkpoint and a version has the checkpoint until that version or a newer is bumped."""
     trainer, sampler = await client.trainer(MODEL)
-    for name in ("a", "b", "same", "same", "same", "same"):
-        await client.operate(trainer, "save_weights_for_sampler", {"name": name})
-    (run,) = client.server.app[ROOMS].runs
-    assert len(run.versions) == 2
-
-    async def status(version: int) -> int:
-        answer = await client.post(
-            f"{sampler}/sample", {"prompt": [1], "max_tokens": 1}, X_TG_Exact_Policy_Version=str(version)
-        )
-        assert answer.status == 200 or answer.error["code"] == "SAMPLER_VERSION_NOT_FOUND"
-        return answer.status
-
-    assert [await status(version) for version in (1, 2, 3, 4, 5, 6)] == [200, 200, 422, 422, 200, 200]
-
-
-async def test_a_thousand_publishes_leave_memory_flat(client):
-    """After 1000 publishes a run holds as many versions and the disk as many artifacts as after ten."""
-    trainer, sampler = await client.trainer(MODEL)
-    rooms = client.server.app[ROOMS]
-    (run,) = rooms.runs
-    for start in range(0, 1000, 50):
-        answers = [
-            await client.post(
-                f"{trainer}/save_weights_for_sampler", {"name": "rollout"}, Idempotency_Key=f"k{start}.{i}"
-            )
-            for i in range(50)
-        ]
-        assert {answer.status for answer in answers} == {202}
-        await client.get(f"{trainer}/operations/k{start}.49?wait=30")
-        await client.post(
-            f"{sampler}/sample", {"prompt": [1], "max_tokens": 1}, X_TG_Exact_Policy_Version=str(start + 50)
-        )
-    assert run.versions.newest == 1000
-    assert len(run.versions) <= 8 + 16 + 1
-    assert len(await asyncio.to_thread(rooms.store.list, "tenant-a")) == 1
+    path = trainer.replace("/loops/trainers/", "bt://loops:") + "/sampler_weights/first"
+    served = []
+    for name, bump in (("first", False), ("staged", False), ("bumped", True)):
+        await client.operate(trainer, "forward_backward", PASS)
+        await client.operate(trainer, "optim_step", ADAM)
+        await client.operate(trainer, "save_weights_for_sampler", {"name": name, "bump_version": bump})
+        said = {"X_Checkpoint_Path": path, "X_Min_Policy_Version": "1"}
+        answer = await client.post(f"{sampler}/sample", {"prompt": [10], "max_tokens": 1}, **said)
+        served.append(answer.headers["x-trainers-policy-version"])
+    assert served == ["1", "1", "3"]
+    answer = await client.post(f"{sampler}/sample", {"prompt": [10], "max_tokens": 1}, X_Checkpoint_Path=path)
+    assert answer.headers["x-trainers-policy-version"] == "1"
 
 
 async def test_samplers_of_every_kind(client):
@@ -206,6 +180,55 @@ async def test_the_control_plane_is_of_the_dedicated_flavour(client):
     assert "ppo" in offered["losses"]
     assert len((await client.get("/v1/loops/runs")).json["runs"]) == 1
     assert (await client.get(f"/loops/trainers/{run['id']}/health?base_model=x")).status == 200
+
+
+async def test_a_run_is_made_together_with_its_sampler(client):
+    """POST runs, as older clients make them, names the run's own sampler in its answer."""
+    run = (await client.post("/v1/loops/runs", {"base_model": MODEL, "lora_rank": 4})).json["run"]
+    alone = (await client.post("/v1/loops/samplers", {"run_id": run["id"]})).json["sampler"]
+    assert {**run["sampler"], "created_at": None} == {**alone, "created_at": None}
+    await client.operate(f"/loops/trainers/{run['id']}", "save_weights_for_sampler", {"name": "p"})
+    body = {"prompt": [1], "max_tokens": 1}
+    answer = await client.post(f"/loops/samplers/{run['sampler']['id']}/sample", body, X_Min_Policy_Version="1")
+    assert answer.headers["x-trainers-policy-version"] == "1"
+
+
+async def test_a_deactivated_run_is_gone(client, engine):
+    """What it still had to do is cancelled, its trainer and its sampler are not found; its checkpoints stay."""
+    trainer, sampler = await client.trainer(MODEL)
+    run_id = trainer.rpartition("/")[2]
+    await client.operate(trainer, "save_state", {"name": "kept"})
+    engine.gate.clear()
+    for key in ("a", "b"):
+        await client.post(f"{trainer}/forward", PASS, Idempotency_Key=key)
+    deactivating = asyncio.create_task(client.post(f"/v1/loops/runs/{run_id}/deactivate"))
+    assert (await client.get(f"{trainer}/operations/b?wait=10")).json["code"] == "FUTURE_CANCELLED"
+    engine.gate.set()
+    answer = await deactivating
+    assert (answer.status, answer.json) == (200, {"id": run_id, "base_model": MODEL})
+    for path in (f"/v1/loops/runs/{run_id}", f"{trainer}/policy_version", f"{sampler}/v1/models"):
+        assert (await client.get(path)).status == 404
+    assert (await client.post(f"{trainer}/optim_step", ADAM)).status == 422  # a 404 would be tried again for an hour
+    assert (await client.post(f"/v1/loops/runs/{run_id}/deactivate")).status == 404
+    listed = (await client.get(f"/v1/loops/checkpoints?run_id={run_id}")).json["checkpoints"]
+    assert [one["checkpoint_id"] for one in listed] == ["kept"]
+
+
+async def test_nobody_deactivates_the_run_of_another(client):
+    """A run of another tenant is not found, and goes on."""
+    trainer, _ = await client.trainer(MODEL)
+    answer = await client.as_tenant(OTHER_KEY).post(f"/v1/loops/runs/{trainer.rpartition('/')[2]}/deactivate")
+    assert answer.status == 404
+    assert (await client.operate(trainer, "forward", PASS))["status"] == "done"
+
+
+@pytest.mark.parametrize("rank", [0, -1, 513, 1.5, "8"])
+async def test_a_rank_is_refused_by_its_name(client, rank):
+    """An impossible rank is a 422 that names it, for a new run as for a fresh adapter."""
+    trainer, _ = await client.trainer(MODEL)
+    for path, body in (("/v1/loops/trainers", {"base_model": MODEL}), (f"{trainer}/init_trainer_server", {})):
+        answer = await client.post(path, {**body, "lora_rank": rank})
+        assert (answer.status, answer.error["details"]["field"]) == (422, "lora_rank")
 
 
 async def test_a_run_starts_from_a_saved_state(client):
@@ -250,6 +273,8 @@ async def test_checkpoint_names_are_labels(client, body):
         ("max_tokens", -1),
         ("top_p", 2),
         ("stop", [""]),
+        ("structured_outputs", {"regex": "a+"}),
+        ("include_routed_experts", True),
     ],
 )
 async def test_bad_samples_are_refused_by_field(client, field, value):

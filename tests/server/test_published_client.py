@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fixtures.server_client import KEY, Answer, Client
+from fixtures import fake_engine
+from fixtures.fake_engine import MODEL
+from fixtures.server_client import KEY, Answer, Client, datum
 
 from tg_tinker.server.engine import TorchEngine
+from tg_tinker.server.middleware import ROOMS
+from tg_tinker.server.sweeping import Sweeping
 
 TINY = "tg-tinker/tiny"
 TRANSCRIPTS = Path(__file__).parents[1] / "fixtures" / "transcripts"
@@ -84,10 +90,12 @@ class Published:
     def learn(self, recorded: dict[str, Any], answered: dict[str, Any]) -> None:
         """Take the names that the control plane gives out, as the client does."""
         for kind in ("session", "run", "sampler"):
-            if kind in recorded and kind in answered:
+            if recorded.get(kind) and answered.get(kind):
                 self.note(recorded[kind], answered[kind])
                 if kind != "session":
                     setattr(self, kind.replace("run", "trainer"), self.below(answered[kind]["base_url"]))
+        if "run" in recorded:  # which may bring its sampler along
+            self.learn(recorded["run"], answered["run"])
         if "checkpoints" in recorded:
             self.note(recorded["checkpoints"][0], answered["checkpoints"][-1])
 
@@ -139,7 +147,8 @@ async def published(serve, tmp_path: Path) -> Published:
 
 
 @pytest.mark.parametrize(
-    ("transcript", "run_name"), [("local_0_32_0", "none"), ("direct_0_32_0", "run1"), ("direct_0_7_1", "r1")]
+    ("transcript", "run_name"),
+    [("local_0_32_0", "none"), ("direct_0_32_0", "run1"), ("custom_loss_0_32_0", "run1"), ("direct_0_7_1", "r1")],
 )
 async def test_the_data_plane_answers_as_recorded(published, transcript, run_name):
     """Passes, steps, checkpoints and samples of clients without a control plane, both generations of bodies."""
@@ -147,9 +156,10 @@ async def test_the_data_plane_answers_as_recorded(published, transcript, run_nam
     await published.replay(transcript)
 
 
-async def test_the_whole_service_answers_as_recorded(published):
+@pytest.mark.parametrize("transcript", ["service_0_32_0", "service_0_7_1"])
+async def test_the_whole_service_answers_as_recorded(published, transcript):
     """Session, trainer, samplers of all kinds, checkpoints and a resumed run, through the ids and urls given out."""
-    await published.replay("service_0_32_0")
+    await published.replay(transcript)
 
 
 async def test_an_archive_is_fetched_as_that_client_does(published):
@@ -172,6 +182,8 @@ REFUSED = [
     ("trainer", "forward_backward", {**PASS, "loss_fn": "gspo"}),
     ("trainer", "forward_backward", {**PASS, "loss_fn": "ppo"}),
     ("trainer", "forward_backward", {"data": []}),
+    ("trainer", "forward", {**PASS, "top_k_logprobs": 5}),
+    ("trainer", "init_trainer_server", {"lora_rank": 0}),
     ("trainer", "optim_step", {"adam_params": {"learning_rate": -1.0}}),
     ("trainer", "save_state", {"name": "../up"}),
     ("trainer", "load_state", {"path": "s3://elsewhere"}),
@@ -204,3 +216,44 @@ async def test_a_checkpoint_that_is_not_there_is_said_at_once(published):
     answer = await client.post(f"{published.sampler}/sample", body, X_Checkpoint_Path=f"{missing}/sampler_weights/none")
     assert answer.status not in TRIED_AGAIN
     assert answer.status >= 400
+
+
+async def test_a_result_is_there_for_an_hour(client):
+    """An outcome is given as often as it is asked for, and leaves the disk an hour after it came, not before."""
+    rooms = client.server.app[ROOMS]
+    trainer, _ = await client.trainer(MODEL)
+    first = await client.operate(trainer, "forward", {"data": [datum(1, 2)]}, key="k")
+    await rooms.journal.flush()
+    for minutes, swept in ((59, False), (61, True)):
+        assert (await client.get(f"{trainer}/operations/k")).json == first
+        later = datetime.now(UTC) + timedelta(minutes=minutes)
+        _, results = await Sweeping(rooms, clock=lambda now=later: now).sweep()
+        assert bool(results) is swept
+
+
+@pytest.mark.parametrize(("ended", "told"), [("length", "length"), ("stop", "stop"), ("eos", "stop")])
+async def test_a_sample_ends_in_a_word_that_client_knows(client, monkeypatch, ended, told):
+    """The finish reason is "stop" or "length": with any other that client refuses the whole answer."""
+    make = fake_engine._generation
+    ending = lambda request, tokens: SimpleNamespace(**vars(make(request, tokens)) | {"finish_reason": ended})  # noqa: E731
+    monkeypatch.setattr(fake_engine, "_generation", ending)
+    _, sampler = await client.trainer(MODEL)
+    answer = await client.post(f"{sampler}/sample", {"prompt": [1], "n": 2, "max_tokens": 2})
+    assert [choice["finish_reason"] for choice in answer.json["choices"]] == [told, told]
+
+
+@pytest.mark.parametrize("loss_fn", ["importance_sampling", "ppo", "cispo", "dro", "dppo"])
+async def test_numbers_are_finite(published, loss_fn):
+    """Masked inputs that are null, and ratios beyond all measure, give finite numbers: that client takes no others."""
+    await published.open("run1")
+    inputs = {"target_tokens": [-100, 2, 3], "logprobs": [None, -2000.0, -1e-6], "advantages": [None, 1.0, -1.0]}
+    tensors = {
+        name: {"data": values, "dtype": "int64" if name == "target_tokens" else "float32", "shape": [3]}
+        for name, values in inputs.items()
+    }
+    body = {"data": [{**PASS["data"][0], "loss_fn_inputs": tensors}], "loss_fn": loss_fn}
+    body["data"][0]["model_input"] = {"chunks": [{"type": "encoded_text", "tokens": [1, 2, 3]}]}
+    result = (await published.client.operate(published.trainer, "forward_backward", body))["result"]
+    logprobs = result["loss_fn_outputs"][0]["logprobs"]["data"]
+    assert all(math.isfinite(value) for value in (result["loss"], *result["metrics"].values(), *logprobs))
+    assert logprobs[0] == 0.0

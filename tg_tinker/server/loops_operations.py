@@ -40,7 +40,6 @@ def forward_backward(
     run: Run, engine: Engine, ticket: Ticket, request: loops.PassRequest
 ) -> Steps[results.ForwardBackwardOutput]:
     """A pass that adds gradients."""
-    run.check_trainable()
     output = yield from run.train(ticket, lambda: engine.rows(request.data), request.loss_fn, request.loss_fn_config)
     return _pass_output(output)
 
@@ -49,9 +48,9 @@ def optim_step(
     run: Run, engine: Engine, ticket: Ticket, request: loops.OptimStepRequest
 ) -> Steps[results.OptimStepResponse]:
     """One step of AdamW with the request's own settings."""
-    yield from ()
     run.check_trainable()
     run.check_gradients(ticket)
+    yield from run.account()
     adam = request.adam_params
     optimizer = engine.optimizer(
         name="adamw",
@@ -71,19 +70,23 @@ def optim_step(
 
 
 def save_state(
-    run: Run, store: CheckpointStore, ticket: Ticket, request: loops.SaveStateRequest
+    run: Run, store: CheckpointStore, ticket: Ticket, loop: asyncio.AbstractEventLoop, request: loops.SaveStateRequest
 ) -> Steps[results.SaveWeightsResponse]:
-    """A named checkpoint of weights and optimizer; it takes the name over from an older one."""
+    """A named checkpoint of weights and optimizer; a run that was made with its sampler publishes them as well."""
     yield from ()
     uri = CheckpointUri(run.id, WEIGHTS, request.name)
     saving = states.save(
         run, store, kind=WEIGHTS, metadata=_described(run), name=request.name, expires_at=_expiry(request.ttl_seconds)
     )
 
+    publishing = _publish(run, store, ticket, loop, request) if run.config.get("with_sampler") else None
+
     def write() -> results.SaveWeightsResponse:
         record = saving.work()
         ticket.produced.append(record.artifact_id)
         _move_name(run, store, record)
+        if publishing is not None:
+            publishing.work()
         return results.SaveWeightsResponse(mode="local", path=str(uri))
 
     return Offline(write)
@@ -98,8 +101,20 @@ def publish(
 ) -> Steps[results.SaveWeightsForSamplerResponse]:
     """Freeze the adapter as a new version: served at once, and durable under its name when the ticket ends."""
     yield from ()
+    return _publish(run, store, ticket, loop, request, bumped=request.bump_version)
+
+
+def _publish(
+    run: Run,
+    store: CheckpointStore,
+    ticket: Ticket,
+    loop: asyncio.AbstractEventLoop,
+    request: loops.SaveWeightsForSamplerRequest | loops.SaveStateRequest,
+    *,
+    bumped: bool = False,
+) -> Offline[results.SaveWeightsForSamplerResponse]:
     run.published += 1
-    version = Version(run.published, request.name, run.snapshot())
+    version = Version(run.published, request.name, run.snapshot(), bumped)
     tell(loop, run.versions.add, version)
     uri = CheckpointUri(run.id, SAMPLER_WEIGHTS, request.name)
     step, metadata = run.step, {**_described(run), "version": version.number}
@@ -107,19 +122,24 @@ def publish(
     privacy = states.privacy_of(run)
 
     def write() -> results.SaveWeightsForSamplerResponse:
-        record = store.save(
-            tenant=run.tenant,
-            run_id=run.id,
-            kind=SAMPLER_WEIGHTS,
-            step=step,
-            tensors=version.adapter.named(),
-            counters=counters,
-            metadata=metadata,
-            name=request.name,
-            expires_at=_expiry(request.ttl_seconds),
-            privacy=privacy,
-        )
+        try:
+            record = store.save(
+                tenant=run.tenant,
+                run_id=run.id,
+                kind=SAMPLER_WEIGHTS,
+                step=step,
+                tensors=version.adapter.named(),
+                counters=counters,
+                metadata=metadata,
+                name=request.name,
+                expires_at=_expiry(request.ttl_seconds),
+                privacy=privacy,
+            )
+        except BaseException:
+            tell(loop, run.versions.withdraw, version.number)
+            raise
         ticket.produced.append(record.artifact_id)
+        run.versions.shelf.add(version.number, record)
         _move_name(run, store, record, version.number)
         return results.SaveWeightsForSamplerResponse(version=version.number, path=str(uri), mode="local")
 
@@ -181,11 +201,26 @@ def _expiry(ttl_seconds: int | None) -> datetime | None:
 
 
 def _move_name(run: Run, store: CheckpointStore, record: ArtifactRecord, version: int = 0) -> None:
-    """The name is ``record``'s now: delete what had it before, unless that has a time to live of its own."""
+    """The name is ``record``'s now: delete what had it before, unless that has a time to live of its own.
+
+    A published version is put aside instead, for whoever is pinned to it.
+    """
     key = (record.kind, str(record.name))
     older = run.named.get(key)
     run.named[key] = record.artifact_id, version
-    if older is not None:
-        with contextlib.suppress(ResourceNotFoundError):  # it was deleted, or has expired
-            if store.get(record.tenant, older[0]).expires_at is None:
-                store.delete(record.tenant, older[0])
+    if older is None:
+        return
+    with contextlib.suppress(ResourceNotFoundError):  # it was deleted, or has expired
+        if store.get(run.tenant, older[0]).expires_at is not None:
+            return
+        if version:
+            _put_aside(run, store, *older)
+        else:
+            store.delete(run.tenant, older[0])
+
+
+def _put_aside(run: Run, store: CheckpointStore, artifact_id: str, version: int) -> None:
+    store.put_aside(run.tenant, artifact_id)
+    for gone in run.versions.shelf.put_aside(version):
+        with contextlib.suppress(ResourceNotFoundError):
+            store.delete(run.tenant, gone.artifact_id)

@@ -13,7 +13,7 @@ from tg_tinker.server.api import common
 from tg_tinker.server.checkpoint_uri import CheckpointUri
 from tg_tinker.server.runs import Run
 from tg_tinker.server.tickets import Held, Ticket
-from tg_tinker.types import losses
+from tg_tinker.types import checks, losses
 from tg_tinker.types.loops import datums
 from tg_tinker.wire import codec, loops
 
@@ -65,9 +65,11 @@ async def forward_backward(request: web.Request) -> web.Response:
     """Accept a pass with gradients."""
     run, engine = await _run(request), common.rooms_of(request).engine
     body = await _read_pass(request)
-    return await _submit(
+    ticket = await common.submit(
         request, run, "forward_backward", lambda t: loops_operations.forward_backward(run, engine, t, body)
     )
+    run.passes.accepted(ticket)
+    return _accepted(run, ticket)
 
 
 async def optim_step(request: web.Request) -> web.Response:
@@ -79,10 +81,13 @@ async def optim_step(request: web.Request) -> web.Response:
 
 async def save_state(request: web.Request) -> web.Response:
     """Accept a named checkpoint."""
-    run, store = await _run(request), common.rooms_of(request).store
+    run, rooms = await _run(request), common.rooms_of(request)
     body = await common.read(request, loops.SaveStateRequest)
     common.check_name(body.name, body.ttl_seconds)
-    return await _submit(request, run, "save_state", lambda t: loops_operations.save_state(run, store, t, body))
+    loop = rooms.tickets.loop
+    return await _submit(
+        request, run, "save_state", lambda t: loops_operations.save_state(run, rooms.store, t, loop, body)
+    )
 
 
 async def save_weights_for_sampler(request: web.Request) -> web.Response:
@@ -109,7 +114,7 @@ async def load_state_with_optimizer(request: web.Request) -> web.Response:
 async def operation(request: web.Request) -> web.Response:
     """The outcome; held until it is there, then 408 for "ask again"."""
     held, name = await _held(request), request.match_info["id"]
-    if not await held.wait(common.seconds_to_hold(request)):
+    if not await common.ended(request, held, common.seconds_to_hold(request)):
         return common.reply({"status": held.info().status, "operation_id": name}, loops.PENDING)
     error = held.error()
     if error is None:
@@ -122,6 +127,7 @@ async def cancel(request: web.Request) -> web.Response:
     """200 if it was kept from completing, 409 if it was too late."""
     held = await _held(request)
     cancelled = isinstance(held, Ticket) and await common.rooms_of(request).tickets.cancel(held)
+    await common.ended(request, held, 0)
     answer = {"operation_id": request.match_info["id"], "status": held.info().status}
     return common.reply(answer, 200 if cancelled else 409)
 
@@ -147,6 +153,8 @@ async def _load(request: web.Request, name: str, *, with_optimizer: bool) -> web
 
 async def _read_pass(request: web.Request) -> loops.PassRequest:
     body = await common.read(request, loops.PassRequest)
+    if body.top_k_logprobs:
+        raise checks.refuse("top_k_logprobs", "0: passes give the logprobs of the targets alone", body.top_k_logprobs)
     datums(body.data)
     losses.settings(body.loss_fn, body.loss_fn_config)
     losses.require_inputs(body.loss_fn, body.data)
@@ -154,7 +162,10 @@ async def _read_pass(request: web.Request) -> loops.PassRequest:
 
 
 async def _submit(request: web.Request, run: Run, name: str, begin: Callable[[Ticket], Any]) -> web.Response:
-    ticket = await common.submit(request, run, name, begin)
+    return _accepted(run, await common.submit(request, run, name, begin))
+
+
+def _accepted(run: Run, ticket: Ticket) -> web.Response:
     location = f"{BASE.format(run=run.id)}/operations/{_id(ticket)}"
     return common.reply(loops.Accepted(operation_id=_id(ticket)), 202, {"Location": location})
 

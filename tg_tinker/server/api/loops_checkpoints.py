@@ -12,6 +12,7 @@ from aiohttp import web
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.api import common
 from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
+from tg_tinker.server.middleware import event_id
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse, LoraAdapterConfig
 from tg_tinker.wire import loops as wire
@@ -82,10 +83,27 @@ async def source(request: web.Request) -> web.Response:
 
 async def file(request: web.Request) -> web.Response:
     """One file, to whoever holds its signed URL."""
-    exports, name = common.rooms_of(request).exports, request.match_info["name"]
-    grant = exports.verify(request.match_info["token"], name)
+    rooms, name = common.rooms_of(request), request.match_info["name"]
+    grant = rooms.exports.verify(request.match_info["token"], name)
+    content, taken = await rooms.exports.content(grant), (grant.artifact_id,)
+    await rooms.auditing.happened(grant.tenant, "pull_checkpoint_file", event_id(request), artifact_ids_consumed=taken)
     guarded = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "Content-Disposition": "attachment"}
-    return web.Response(body=await exports.content(grant), content_type="application/octet-stream", headers=guarded)
+    return _piece(request, content, guarded)
+
+
+def _piece(request: web.Request, content: bytes, headers: dict[str, str]) -> web.Response:
+    """A file whole, or from the byte on that a broken download asks to go on from."""
+    try:
+        start, stop, _ = request.http_range.indices(len(content))
+    except ValueError:
+        raise checks.refuse("Range", "one range of bytes", request.headers.get("Range")) from None
+    kind, headers = "application/octet-stream", {**headers, "Accept-Ranges": "bytes"}
+    if "Range" not in request.headers:
+        return web.Response(body=content, content_type=kind, headers=headers)
+    if start >= stop:
+        return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{len(content)}"})
+    told = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
+    return web.Response(status=206, body=content[start:stop], content_type=kind, headers=told)
 
 
 def _file(request: web.Request, record: ArtifactRecord, name: str, content: bytes) -> CheckpointFile:

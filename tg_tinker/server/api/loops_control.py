@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 
+import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import common, loops, samplers
@@ -25,8 +26,10 @@ def routes() -> list[web.RouteDef]:
     return [
         web.post(wire.CREATE_SESSION.path, create_session),
         web.post(wire.CREATE_TRAINER.path, create_trainer),
+        web.post("/v1/loops/runs", create_run),
         web.get("/v1/loops/runs", list_runs),
         web.get(wire.GET_RUN.path, get_run),
+        web.post(wire.DEACTIVATE_RUN.path, deactivate_run),
         web.post(wire.CREATE_SAMPLER.path, create_sampler),
         web.get("/v1/loops/deployments/{id}", deployment),
         web.get("/v1/models/{model}/deployments/{id}", model_deployment),
@@ -42,13 +45,15 @@ async def create_session(_: web.Request) -> web.Response:
 
 async def create_trainer(request: web.Request) -> web.Response:
     """Make a run; answered when its model is loaded."""
-    fields = await common.read_json(request)
-    if fields.get("base_checkpoint") is not None:
-        raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
-    body = codec.decode(wire.TrainerRequest, fields)
-    key = common.idempotency_key(request)
-    run = await common.rooms_of(request).creation.loops_run(common.tenant_of(request), body, key)
-    return common.reply(wire.RunEnvelope(run=_run_view(request, run)))
+    return common.reply(wire.RunEnvelope(run=_run_view(request, await _new_run(request))))
+
+
+async def create_run(request: web.Request) -> web.Response:
+    """Make a run together with its sampler, as clients before 0.14 do: they never ask for the sampler alone."""
+    run = await _new_run(request)
+    sampler = common.rooms_of(request).samplers.of_run(run)
+    paired = attrs.asdict(_sampler_view(request, sampler))
+    return common.reply(wire.RunEnvelope(run=attrs.evolve(_run_view(request, run), sampler=paired)))
 
 
 async def list_runs(request: web.Request) -> web.Response:
@@ -61,6 +66,13 @@ async def get_run(request: web.Request) -> web.Response:
     """One run: enough to attach to it without resetting anything."""
     run = await common.run_of(request, request.match_info["id"], "loops")
     return common.reply(wire.RunEnvelope(run=_run_view(request, run)))
+
+
+async def deactivate_run(request: web.Request) -> web.Response:
+    """End a run: what is queued is cancelled, its sampler is gone, its checkpoints stay."""
+    run = await common.run_of(request, request.match_info["id"], "loops")
+    await common.rooms_of(request).creation.end(run)
+    return common.reply({"id": run.id, "base_model": run.model.ref})
 
 
 async def create_sampler(request: web.Request) -> web.Response:
@@ -97,6 +109,15 @@ async def capabilities(request: web.Request) -> web.Response:
 async def teams(_: web.Request) -> web.Response:
     """There are none: a key belongs to a tenant."""
     return common.reply({"teams": []})
+
+
+async def _new_run(request: web.Request) -> Run:
+    fields = await common.read_json(request)
+    if fields.get("base_checkpoint") is not None:
+        raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
+    body = codec.decode(wire.TrainerRequest, fields)
+    key = common.idempotency_key(request)
+    return await common.rooms_of(request).creation.loops_run(common.tenant_of(request), body, key)
 
 
 async def _sampler(request: web.Request, body: wire.SamplerRequest) -> Sampler:

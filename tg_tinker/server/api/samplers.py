@@ -33,7 +33,7 @@ def routes() -> list[web.RouteDef]:
 
 async def sample(request: web.Request) -> web.Response:
     """Sample; held while the version that the client insists on is not there, then 408."""
-    sampler = _sampler(request)
+    sampler = await _sampler(request)
     asked = completions.read_request(await common.read_json(request))
     with common.rooms_of(request).sampling.one(sampler.tenant):
         weights = await _weights(request, sampler)
@@ -46,7 +46,7 @@ async def sample(request: web.Request) -> web.Response:
 
 async def served_version(request: web.Request) -> web.Response:
     """The newest version served; with ``min`` held until that one is."""
-    sampler = _sampler(request)
+    sampler = await _sampler(request)
     minimum = int(common.number(request, "min", 0))
     if sampler.run is not None and minimum:
         await sampler.run.versions.reached(minimum, common.seconds_to_hold(request))
@@ -56,7 +56,7 @@ async def served_version(request: web.Request) -> web.Response:
 
 async def models(request: web.Request) -> web.Response:
     """The base model and, of a run, its adapter."""
-    sampler = _sampler(request)
+    sampler = await _sampler(request)
     data = [{"id": sampler.model.ref, "object": "model", "parent": None}]
     if sampler.run is not None:
         data.append({"id": sampler.run.id, "object": "model", "parent": sampler.model.ref})
@@ -65,7 +65,7 @@ async def models(request: web.Request) -> web.Response:
 
 async def wake(request: web.Request) -> web.Response:
     """It never sleeps."""
-    return common.reply({"status": "ok", "base_model": _sampler(request).model.ref})
+    return common.reply({"status": "ok", "base_model": (await _sampler(request)).model.ref})
 
 
 async def _weights(request: web.Request, sampler: Sampler) -> Weights | None:
@@ -73,15 +73,16 @@ async def _weights(request: web.Request, sampler: Sampler) -> Weights | None:
     published, run = common.rooms_of(request).published, sampler.run
     path = request.headers.get(headers.CHECKPOINT_PATH)
     uri = sampler.checkpoint if path is None else CheckpointUri.parse(path, headers.CHECKPOINT_PATH)
-    if uri is not None:
+    exact, minimum = _version(request, headers.EXACT_POLICY_VERSION), _version(request, headers.MIN_POLICY_VERSION)
+    # A published client that names both wants the checkpoint until the version takes over.
+    if uri is not None and (run is None or not minimum or run.versions.bumped < minimum):
         return await published.checkpoint(sampler.tenant, sampler.model, uri)
     if run is None:
         return Weights(None, 0)
-    exact, minimum = _version(request, headers.EXACT_POLICY_VERSION), _version(request, headers.MIN_POLICY_VERSION)
     wanted = max(exact or 0, minimum or 0)
     if not await run.versions.reached(wanted, common.seconds_to_hold(request)):
         return None
-    return published.newest(run) if exact is None else await published.exact(run, exact)
+    return await (published.newest(run) if exact is None else published.exact(run, exact))
 
 
 async def _complete(
@@ -147,5 +148,6 @@ def _version(request: web.Request, name: str) -> int | None:
     return int(text)
 
 
-def _sampler(request: web.Request) -> Sampler:
-    return common.rooms_of(request).samplers.get(common.tenant_of(request), request.match_info["sampler"])
+async def _sampler(request: web.Request) -> Sampler:
+    rooms = common.rooms_of(request)
+    return await rooms.samplers.awake(common.tenant_of(request), request.match_info["sampler"], rooms.models)
