@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import attrs
 import pytest
 from fixtures.programs import MODEL
 
@@ -67,6 +68,41 @@ def test_entries_have_the_parameters_of_the_page(name: str) -> None:
     parameters = inspect.signature(getattr(TrainingClient, name)).parameters
     assert {key: one.default for key, one in parameters.items() if key != "self"} == ENTRIES[name]
     assert list(parameters)[1:] == list(ENTRIES[name])
+
+
+RETURNS = {
+    "forward_backward": "OperationFuture[ForwardBackwardOutput]",  # ForwardBackwardFuture
+    "forward": "OperationFuture[ForwardBackwardOutput]",
+    "optim_step": "OperationFuture[OptimStepResponse]",
+    "save_state": "OperationFuture[SaveWeightsResponse]",
+    "save_weights_for_sampler": "OperationFuture[SaveWeightsForSamplerResponse]",  # the name since 0.9, see below
+    "load_state": "OperationFuture[LoadWeightsResponse]",
+    "load_state_with_optimizer": "OperationFuture[LoadWeightsResponse]",
+    "list_checkpoints": "list[Checkpoint]",
+    "get_checkpoint_archive_url": "CheckpointFilesResponse",
+    "create_sampling_client": "SamplingClient",
+    "get_tokenizer": "PreTrainedTokenizerBase",  # what PreTrainedTokenizer and the fast ones have in common
+    "get_info": "GetInfoResponse",
+    "init_trainer_server": "OperationFuture[InitTrainerServerResponse]",
+    "health": "None",
+    "close": "None",
+    "aclose": "None",
+}
+
+
+@pytest.mark.parametrize("name", list(ENTRIES))
+def test_entries_return_what_the_page_says(name: str) -> None:
+    """Each entry gives the page's type, a long one as a future of it; its twin gives the same, awaited."""
+    assert str(inspect.signature(getattr(TrainingClient, name)).return_annotation) == RETURNS[name]
+    twin = getattr(TrainingClient, f"{name}_async", None)
+    if twin is not None:
+        assert inspect.signature(twin).return_annotation == f"Coroutine[Any, Any, {RETURNS[name]}]"
+
+
+def test_a_publish_answers_with_all_that_the_page_names() -> None:
+    """The response of ``save_weights_for_sampler`` has the fields of ``SaveWeightsResponse``, and its version."""
+    fields = {field.name for field in attrs.fields(loops.SaveWeightsForSamplerResponse)}
+    assert fields == {field.name for field in attrs.fields(loops.SaveWeightsResponse)} | {"version"}
 
 
 def test_the_composed_entry_takes_a_name() -> None:

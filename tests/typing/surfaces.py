@@ -34,6 +34,8 @@ async def service(client: tg_tinker.ServiceClient) -> None:
     assert_type(client.create_training_client_from_state("p"), loops.TrainingClient)
     assert_type(await client.create_training_client_from_state_with_optimizer_async("p"), loops.TrainingClient)
     assert_type(client.attach("run-1"), loops.TrainingClient)
+    assert_type(loops.ServiceClient.local(trainer_url="u").attach(), loops.TrainingClient)
+    assert_type(client.download_checkpoint("c", dest_dir="d"), loops.CheckpointDownload)
     assert_type(client.create_sampling_client("m"), loops.SamplingClient)
     assert_type(await client.create_sampling_client_async(model_path="p"), loops.SamplingClient)
     assert_type(client.list_checkpoints("run-1"), list[loops_results.Checkpoint])

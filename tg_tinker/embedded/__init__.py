@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
@@ -51,6 +52,10 @@ class EmbeddedServer:
         """Keep the server until ``release`` is called for the same holder."""
         with self._lock:
             self._leases.add(holder)
+
+    def is_leased(self, holder: object) -> bool:
+        """Whether a lease was taken and not given back; takes no lock, so that a finalizer may ask."""
+        return holder in self._leases
 
     def release(self, holder: object, patience: float = CLOSE_PATIENCE) -> None:
         """Give a lease back; the server ends with the last one. Blocks until it has ended."""
@@ -114,13 +119,19 @@ class EmbeddedServer:
 
 
 class EmbeddedEndpoint:
-    """A ``ServiceClient``'s lease on the embedded server of a home (see ``core.endpoint``)."""
+    """A ``ServiceClient``'s lease on the embedded server of a home (see ``core.endpoint``).
+
+    It is given back at the latest when the endpoint is collected.
+    """
 
     def __init__(self, home: Path, *, ready_timeout: float, report: Report) -> None:
         self._server = server_of(home)
         self._ready_timeout = ready_timeout
         self._report = report
         self._closed = False
+        self._lease = object()
+        self._finalizer = weakref.finalize(self, _let_go, self._server, self._lease)
+        self._finalizer.atexit = False  # every server ends then
 
     def __repr__(self) -> str:
         """The server behind it."""
@@ -130,7 +141,7 @@ class EmbeddedEndpoint:
         """URL and key of the running server, which is started where none runs."""
         if self._closed:
             raise ClientClosedError("this client is closed: make a new ServiceClient")
-        self._server.lease(self)
+        self._server.lease(self._lease)
         process = await self._server.serving(self._report, self._ready_timeout)
         return process.url, process.key
 
@@ -141,7 +152,14 @@ class EmbeddedEndpoint:
     async def aclose(self) -> None:
         """Give the lease back; with the last one the server ends."""
         self._closed = True
-        await asyncio.to_thread(self._server.release, self)
+        self._finalizer.detach()
+        await asyncio.to_thread(self._server.release, self._lease)
+
+
+def _let_go(server: EmbeddedServer, lease: object) -> None:
+    """Give a forgotten lease back: in a thread, for this runs wherever an endpoint is collected, and must not wait."""
+    if server.is_leased(lease):
+        threading.Thread(target=server.release, args=(lease,), name="tg-tinker-let-go", daemon=True).start()
 
 
 _lock = threading.Lock()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tg_tinker.core.call import call
+import attrs
+
 from tg_tinker.core.compose import wait_for_version
 from tg_tinker.core.run import RunCore
 from tg_tinker.loops import plane
+from tg_tinker.loops.provider import Provider
+from tg_tinker.loops.waits import Waits
 from tg_tinker.sampling import SamplingClient
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types.loops_results import SaveWeightsForSamplerResponse
@@ -19,16 +22,25 @@ __all__ = ["PairedSampler"]
 class PairedSampler:
     """Makes the sampling clients of one run; every coroutine runs at home."""
 
-    def __init__(self, core: RunCore, run: loops.Run, tokenizers: Tokenizers, *, timeout: float) -> None:
+    def __init__(
+        self,
+        core: RunCore,
+        run: loops.Run,
+        tokenizers: Tokenizers,
+        provider: Provider,
+        *,
+        waits: Waits,
+    ) -> None:
         self._core = core
         self._run = run
         self._tokenizers = tokenizers
-        self._timeout = timeout
+        self._provider = provider
+        self._waits = waits
         self._sampler: loops.Sampler | None = None
 
     async def at_version(self, published: SaveWeightsForSamplerResponse) -> SamplingClient:
         """A client pinned to a version that was just published, once it is served; exactly, where that is offered."""
-        sampler, version, exact = await self._open(), published.version, False
+        sampler, version, exact = await self.open(), published.version, False
 
         async def serving(hold: float) -> int:
             nonlocal exact
@@ -41,17 +53,25 @@ class PairedSampler:
 
     async def at_checkpoint(self, path: str) -> SamplingClient:
         """A client of a checkpoint. Raises ``ResourceNotFoundError`` where there is none at ``path``."""
-        sampler = await self._open()
-        body = {"checkpoint_path": path, "run_id": self._run.id}
-        await self._core.perform(call(loops.CHECKPOINT_VALIDATE, body))
+        sampler = await self.open()
+        await self._provider.check_checkpoint(self._core, path, self._run.id)
         return self._client(sampler, plane.pinned_to(path))
 
-    async def _open(self) -> loops.Sampler:
+    async def open(self) -> loops.Sampler:
+        """The sampler, which is asked for once."""
         if self._sampler is None:
             request = loops.SamplerRequest(session_id=self._run.session_id, run_id=self._run.id)
-            self._sampler = await plane.open_sampler(self._core, request, self._timeout)
+            found = await self._provider.open_sampler(self._core, request, self._waits.ready)
+            self._sampler = attrs.evolve(found, base_model=self._run.base_model)
         return self._sampler
 
     def _client(self, sampler: loops.Sampler, pinned: Mapping[str, str]) -> SamplingClient:
-        service, timeout, run_id = self._core.service, self._timeout, self._run.id
-        return SamplingClient(service, sampler, self._tokenizers, timeout=timeout, pinned=pinned, run_id=run_id)
+        return SamplingClient(
+            self._core.service,
+            sampler,
+            self._tokenizers,
+            timeout=self._waits.sampler,
+            ready_timeout=self._waits.ready,
+            pinned=pinned,
+            run_id=self._run.id,
+        )

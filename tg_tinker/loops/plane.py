@@ -1,4 +1,4 @@
-"""The Loops control plane and small requests, as coroutines that run at home: samplers, checkpoints, versions."""
+"""Small requests of the Loops wire, as coroutines that run at home: health, checkpoints, served versions."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from tg_tinker.core.reply import Reply
 from tg_tinker.core.run import RunCore
 from tg_tinker.errors import ResourceNotFoundError, ServerError, ServerUnreachableError
 from tg_tinker.types import checks
-from tg_tinker.types.loops_results import Checkpoint, CheckpointFilesResponse
+from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse
 from tg_tinker.wire import codec, headers, loops
 
 __all__ = [
+    "all_files",
     "archive_page",
     "checkpoint_at",
     "checkpoint_path",
     "checkpoints_of",
     "fields",
     "is_ours",
-    "open_sampler",
     "pinned_to",
     "served_version",
     "wait_until_healthy",
 ]
 
 PREFIX = "bt://loops:"
+_PAGE = 1000
 _HEALTH_PAUSE = 2.0  # seconds between questions to a trainer that is being provisioned
 _ANSWER_SLACK = 15.0  # seconds that an answer may be later than the hold it was asked for
 
@@ -48,7 +49,8 @@ def is_ours(base_url: str) -> bool:
 
 def checkpoint_path(path: object, field: str = "path") -> str:
     """A checkpoint URI, checked as far as a client can."""
-    if not isinstance(path, str) or not path.startswith(PREFIX) or path.count("/") != 4:
+    parts = path.removeprefix(PREFIX).split("/") if isinstance(path, str) and path.startswith(PREFIX) else []
+    if not isinstance(path, str) or len(parts) != 3 or not all(parts):
         raise checks.refuse(field, f"{PREFIX}<run_id>/weights/<name> (or .../sampler_weights/<name>)", path)
     return path
 
@@ -71,12 +73,6 @@ async def wait_until_healthy(core: RunCore, run: loops.Run, timeout: float) -> N
             await asyncio.sleep(_HEALTH_PAUSE)
         else:
             return
-
-
-async def open_sampler(core: RunCore, request: loops.SamplerRequest, timeout: float) -> loops.Sampler:
-    """The sampler that the control plane gives for a run, a base model or a checkpoint."""
-    envelope = await core.perform(call(loops.CREATE_SAMPLER, fields(request), timeout=timeout))
-    return envelope.sampler
 
 
 async def served_version(core: RunCore, base: str, minimum: int, hold: float) -> tuple[int, bool]:
@@ -119,7 +115,9 @@ async def checkpoint_at(core: RunCore, path: str) -> Checkpoint:
 async def archive_page(
     core: RunCore, checkpoint: str, page: Mapping[str, int], *, run_id: str | None, target: str | None = None
 ) -> CheckpointFilesResponse:
-    """A page of a checkpoint's files; ``checkpoint`` is its ``id``, or within a run its name (``checkpoint_id``)."""
+    """A page of a checkpoint's files; ``checkpoint`` is its URI, its ``id``, or in a run its name."""
+    if checkpoint.startswith(PREFIX):
+        return await _files(core, (await checkpoint_at(core, checkpoint)).id, page)
     try:
         return await _files(core, checkpoint, page)
     except ResourceNotFoundError:
@@ -127,6 +125,20 @@ async def archive_page(
             raise
         found = await _named(core, checkpoint, run_id, target)
         return await _files(core, found.id, page)
+
+
+async def all_files(
+    core: RunCore, checkpoint: str, *, run_id: str | None, target: str | None = None
+) -> list[CheckpointFile]:
+    """Every file of a checkpoint, which goes by the same names."""
+    files: list[CheckpointFile] = []
+    token: int | None = 0
+    while token is not None:
+        asked = {"page_size": _PAGE, "page_token": token}
+        page = await archive_page(core, checkpoint, asked, run_id=run_id, target=target)
+        files += page.presigned_urls
+        token = page.next_page_token if page.presigned_urls else None
+    return files
 
 
 async def _files(core: RunCore, checkpoint_id: str, page: Mapping[str, int]) -> CheckpointFilesResponse:

@@ -19,16 +19,17 @@ from tg_tinker.core.run import RunCore
 from tg_tinker.core.service import ServiceCore
 from tg_tinker.faces import blocking, composed, composed_twin, operation, twin
 from tg_tinker.loops import custom, plane
+from tg_tinker.loops.checkpoints import RunCheckpoints
 from tg_tinker.loops.custom import CustomLoss
 from tg_tinker.loops.paired import PairedSampler
+from tg_tinker.loops.provider import Provider
 from tg_tinker.loops.tracking import Progress, Tracker, tracker_of
+from tg_tinker.loops.waits import Waits
 from tg_tinker.sampling import SamplingClient
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import arguments, checks, losses
 from tg_tinker.types.loops import AdamParams, Datum, LossName, datums
 from tg_tinker.types.loops_results import (
-    Checkpoint,
-    CheckpointFilesResponse,
     ForwardBackwardOutput,
     GetInfoResponse,
     InitTrainerServerResponse,
@@ -51,7 +52,7 @@ _MOST_RANK = 512
 
 
 @final
-class TrainingClient:
+class TrainingClient(RunCheckpoints):
     """A run of the Loops surface: passes, optimizer steps, checkpoints, published weights.
 
     Operations take effect in the order in which they were called, whatever thread, loop or face they were called from.
@@ -62,40 +63,30 @@ class TrainingClient:
         service: ServiceCore,
         run: loops.Run,
         tokenizers: Tokenizers,
+        provider: Provider,
         *,
-        timeout: float,
-        lora_rank: int,
+        waits: Waits,
+        lora_rank: int | None,
         max_seq_len: int | None = None,
     ) -> None:
-        self._core = RunCore(
-            service, LoopsRetrieval(run.base_url), name=f"run {run.id}", headers={headers.RUN_ID: run.id}
-        )
-        self._run = run
+        core = RunCore(service, LoopsRetrieval(run.base_url), name=f"run {run.id}", headers={headers.RUN_ID: run.id})
+        super().__init__(core, run)
         self._tokenizers = tokenizers
         self._rank = lora_rank
         self._max_seq_len = run.max_seq_len or max_seq_len
-        self._paired = PairedSampler(self._core, run, tokenizers, timeout=timeout)
+        self._waits = waits
+        self._paired = PairedSampler(self._core, run, tokenizers, provider, waits=waits)
         self._progress: Progress | None = None
 
     def __repr__(self) -> str:
         """Run, model, rank."""
-        return f"<loops.TrainingClient {self._run.id}: {self._run.base_model}, rank {self._rank}>"
+        return f"<loops.TrainingClient {self._run.id}: {self._run.base_model}, rank {self._rank or 'unknown'}>"
 
     def __reduce__(self) -> NoReturn:
         """Refuse to be pickled, and say what to pass instead."""
         raise TypeError(
             "a TrainingClient cannot be pickled: pass client.run_id, and call service.attach(run_id) over there"
         )
-
-    @property
-    def core(self) -> RunCore:
-        """Where its calls go."""
-        return self._core
-
-    @property
-    def run_id(self) -> str | None:
-        """The run that this client is bound to."""
-        return self._run.id
 
     def track(self, tracker: Tracker) -> None:
         """Tell a tracker of every optimizer step from the next one on; closing this client finishes the tracker.
@@ -240,29 +231,6 @@ class TrainingClient:
         route = loops.LOAD_STATE_WITH_OPTIMIZER if with_optimizer else loops.LOAD_STATE
         return self._submit(route, loops.LoadStateRequest(path=plane.checkpoint_path(path)))
 
-    @blocking
-    def list_checkpoints(self) -> Flow[list[Checkpoint]]:
-        """List this run's checkpoints."""
-        return Flow(operation="list_checkpoints", steps=partial(plane.checkpoints_of, self._core, self._run.id))
-
-    list_checkpoints_async = twin(list_checkpoints)
-
-    @blocking
-    def get_checkpoint_archive_url(
-        self, checkpoint_id: str, page_size: int = 1000, page_token: int = 0
-    ) -> Flow[CheckpointFilesResponse]:
-        """Return signed URLs of a checkpoint's files, page by page; ``checkpoint_id`` is its name or its ``id``."""
-        page = {
-            "page_size": arguments.whole("page_size", page_size, 1, 1000),
-            "page_token": arguments.whole("page_token", page_token, 0),
-        }
-        steps = partial(
-            plane.archive_page, self._core, arguments.text("checkpoint_id", checkpoint_id), page, run_id=self._run.id
-        )
-        return Flow(operation="get_checkpoint_archive_url", steps=steps)
-
-    get_checkpoint_archive_url_async = twin(get_checkpoint_archive_url)
-
     # ------------------------------------------------------------------------------------------- samplers
 
     @operation
@@ -327,15 +295,21 @@ class TrainingClient:
     @blocking
     def _policy_version(self) -> Call[int]:
         """Ask the trainer for the number of optimizer steps applied so far."""
-        return call(loops.POLICY_VERSION, base=self._run.base_url, decode=_steps)
+        return call(loops.POLICY_VERSION, base=self._run.base_url, decode=_steps, timeout=self._waits.trainer)
 
     policy_version_async = twin(_policy_version, name="policy_version_async")
 
     @blocking
     def health(self) -> Call[None]:
         """Check that the trainer answers. Raises ``ServerUnreachableError`` or ``ServerError`` where it does not."""
-        query = {"base_model": self._run.base_model}
-        return call(loops.HEALTH, base=self._run.base_url, query=query, decode=_nothing, whole_reply=True)
+        return call(
+            loops.HEALTH,
+            base=self._run.base_url,
+            query={"base_model": self._run.base_model},
+            decode=_nothing,
+            whole_reply=True,
+            timeout=self._waits.trainer,
+        )
 
     health_async = twin(health)
 
@@ -349,6 +323,10 @@ class TrainingClient:
         await self._core.home.hop(self._core.aclose())
 
     # -------------------------------------------------------------------------------------- how it is done
+
+    async def open_sampler(self) -> None:
+        """Open the paired sampler now rather than with the first publish; runs at home, for the service."""
+        await self._paired.open()
 
     def _pass(
         self,
@@ -366,7 +344,7 @@ class TrainingClient:
 
     def _submit(self, route: Route[R], request: object, **options: Unpack[Options]) -> Call[R]:
         body = {**plane.fields(request), "run_id": self._run.id, "model": self._run.base_model}
-        options["sequenced"] = True
+        options |= {"sequenced": True, "timeout": self._waits.trainer}
         return call(route, body, base=self._run.base_url, **options)
 
 

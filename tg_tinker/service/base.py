@@ -12,7 +12,9 @@ import importlib.metadata
 import logging
 import os
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import ClassVar, NoReturn, Self
 
@@ -24,7 +26,9 @@ from tg_tinker.core.run import RunCore
 from tg_tinker.core.service import ServiceCore
 from tg_tinker.core.transport import Connection, RetryPolicy
 from tg_tinker.embedded import EmbeddedEndpoint
-from tg_tinker.errors import AuthorizationError, ClientClosedError
+from tg_tinker.errors import ClientClosedError
+from tg_tinker.service.evidence import Evidence
+from tg_tinker.service.tenant import Tenant
 from tg_tinker.settings import Settings
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import checks
@@ -74,8 +78,9 @@ class ServiceBase:
         self._core: RunCore | None = None
         self._endpoint: Endpoint | None = None
         self._closed = False
-        self._tenant = self._settings.tenant_id
+        self._tenant = Tenant(self._settings.tenant_id)
         self._tokenizers = Tokenizers(self._settings.home)
+        self._evidence = Evidence()
 
     def __repr__(self) -> str:
         """Where it goes; never the key."""
@@ -101,7 +106,7 @@ class ServiceBase:
     @property
     def tenant_id(self) -> str | None:
         """The tenant it works for: as given, or as a server's answer has told; None before the first answer."""
-        return self._tenant
+        return self._tenant.name
 
     def _settle(self, kind: Callable[[], Home]) -> RunCore:
         with self._lock:
@@ -116,7 +121,7 @@ class ServiceBase:
         given = self._settings
         if given.base_url is not None:
             return FixedEndpoint(given.base_url, given.api_key)
-        return EmbeddedEndpoint(given.home, ready_timeout=given.ready_timeout, report=self._report)
+        return EmbeddedEndpoint(given.home, ready_timeout=given.ready_timeout, report=_weakly(self._report))
 
     def _connect(self, endpoint: Endpoint, home: Home) -> Connection:
         return Connection(
@@ -126,6 +131,7 @@ class ServiceBase:
             verify_ssl=self._settings.verify_ssl,
             timeout=self._settings.timeout,
             headers={"User-Agent": f"tg-tinker/{importlib.metadata.version('tg-tinker')}"},
+            hear=partial(_tell, (self._evidence, self._tenant)),  # not this client: nothing may keep it
         )
 
     def _report(self, stage: str, text: str) -> None:
@@ -136,13 +142,6 @@ class ServiceBase:
                 self._progress(stage, text)
             except Exception:  # a display may fail in any way, but not the creation that it shows
                 _logger.exception("the progress function %r failed", self._progress)
-
-    def _note_tenant(self, tenant: str) -> None:
-        """Learn the tenant of an answer. Raises ``AuthorizationError`` where another one was asked for."""
-        if self._settings.tenant_id is not None and tenant != self._settings.tenant_id:
-            message = f"the API key belongs to tenant {tenant!r}, not to tenant_id={self._settings.tenant_id!r}"
-            raise AuthorizationError(message, details={"tenant_id": tenant})
-        self._tenant = tenant
 
     # -------------------------------------------------------------------------------------------- its end
 
@@ -188,6 +187,23 @@ class ServiceBase:
     ) -> None:
         """Close."""
         await self.aclose()
+
+
+def _tell(listeners: Iterable[Evidence | Tenant], answered: Mapping[str, str]) -> None:
+    for listener in listeners:
+        listener.hear(answered)
+
+
+def _weakly(report: Callable[[str, str], None]) -> Callable[[str, str], None]:
+    """A method that does not keep its object: a server outlives the client that started it."""
+    method = weakref.WeakMethod(report)
+
+    def told(stage: str, text: str) -> None:
+        found = method()
+        if found is not None:
+            found(stage, text)
+
+    return told
 
 
 def _preload() -> None:

@@ -102,7 +102,7 @@ class TGService(ServiceBase):
 
     def _view(self, data: Any) -> TrainingClient:
         info = codec.decode(TrainingClientInfo, data)
-        self._note_tenant(info.tenant_id)
+        self._tenant.note(info.tenant_id)
         core = RunCore(self.core.service, TGRetrieval(), name=f"run {info.training_client_id}")
         return TrainingClient(core, info, self._tokenizers)
 
@@ -256,16 +256,25 @@ class TGService(ServiceBase):
 
     get_audit_head_async = twin(get_audit_head)
 
+    @property
+    def audit_heads(self) -> tuple[AuditHead, ...]:
+        """Signed heads that came with the server's answers, oldest first: the first, the newest, a spread between.
+
+        They live as long as this service client; store them elsewhere to hold the log against them later.
+        """
+        return self._evidence.heads
+
     @blocking
     def verify_audit_log(self, heads: Sequence[AuditHead] = ()) -> Flow[AuditVerification]:
-        """Fetch the tenant's whole audit log and check its chain, its end's signature, and ``heads`` kept from before.
+        """Fetch the tenant's whole audit log and check its chain, its end's signature, and heads from before.
 
-        A log that was cut off or rewritten since a kept head was signed does not pass, nor one that another key signs.
+        Those are ``heads``, and the ones that this service client kept (``audit_heads``). A log that was cut off or
+        rewritten since one of them was signed does not pass, nor one that another key signs.
         The result names the first entry that is changed, missing or unproven. Needs ``tg-tinker[verify]``.
         """
         if not isinstance(heads, Sequence):
             raise checks.refuse("heads", "a list of AuditHead", heads)
-        return Flow(operation="verify_audit_log", steps=partial(self._verify, tuple(heads)))
+        return Flow(operation="verify_audit_log", steps=partial(self._verify, (*heads, *self.audit_heads)))
 
     verify_audit_log_async = twin(verify_audit_log)
 
