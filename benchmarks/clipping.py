@@ -15,8 +15,8 @@ from benchmarks.measure import Cost, Options, cost, interleaved
 from benchmarks.models import RANK, VOCABULARY, make_gpt
 
 if TYPE_CHECKING:
-    from tg_tinker.engine.trainer import Trainer
-    from tg_tinker.server.private import PrivateTraining
+    from tg_tinker.engine.training.trainer import Trainer
+    from tg_tinker.server.training.private import PrivateTraining
 
 _SHAPE, _QUICK_SHAPE = (16, 256), (4, 64)  # rows, tokens
 
@@ -38,9 +38,9 @@ class _Side:
     def __init__(self, scratch: str, shape: tuple[int, int], threads: int, *, private: bool = False) -> None:
         import torch
 
-        from tg_tinker.engine import base_model
-        from tg_tinker.engine.adapters import AdapterSpec
-        from tg_tinker.engine.trainer import Trainer
+        from tg_tinker.engine.lora.adapters import AdapterSpec
+        from tg_tinker.engine.models import base_model
+        from tg_tinker.engine.training.trainer import Trainer
 
         torch.set_num_threads(threads)
         folder = make_gpt(Path(scratch) / ("private" if private else "plain"))
@@ -78,14 +78,14 @@ class _Side:
     def _rows(self) -> list[Any]:
         import numpy as np
 
-        from tg_tinker.engine.batching import rows_from_batch
+        from tg_tinker.engine.training.batching import rows_from_batch
         from tg_tinker.types.batch import BatchData
 
         return rows_from_batch(BatchData(np.random.default_rng().integers(VOCABULARY, size=self.shape)))
 
 
 def _private(trainer: Trainer, home: Path, batch_size: int) -> PrivateTraining:
-    from tg_tinker.server.private import PrivateTraining
+    from tg_tinker.server.training.private import PrivateTraining
     from tg_tinker.types.config import DPConfig
 
     config = DPConfig(target_epsilon=None, sample_rate=0.01)

@@ -11,7 +11,7 @@ from benchmarks.models import RANK
 from tg_tinker.errors import TGTinkerError
 
 if TYPE_CHECKING:
-    from tg_tinker.engine.sampler import Sampler
+    from tg_tinker.engine.sampling.sampler import Sampler
 
 _LEARNING_RATE = 1e-4
 
@@ -22,10 +22,10 @@ class EngineSide:
     def __init__(self, folder: Path, threads: int) -> None:
         import torch
 
-        from tg_tinker.engine import base_model
-        from tg_tinker.engine.adapters import AdapterSpec
-        from tg_tinker.engine.optim import OptimizerSettings
-        from tg_tinker.engine.trainer import Trainer
+        from tg_tinker.engine.lora.adapters import AdapterSpec
+        from tg_tinker.engine.models import base_model
+        from tg_tinker.engine.training.optim import OptimizerSettings
+        from tg_tinker.engine.training.trainer import Trainer
 
         torch.set_num_threads(threads)
         self.base = base_model.load(str(folder), home=folder)
@@ -36,7 +36,7 @@ class EngineSide:
     @cached_property
     def sampler(self) -> Sampler:
         """The sampler of the model, made when it is first needed."""
-        from tg_tinker.engine.sampler import Sampler
+        from tg_tinker.engine.sampling.sampler import Sampler
 
         return Sampler(self.base)
 
@@ -44,7 +44,7 @@ class EngineSide:
         """Forward and backward over ``rows`` sequences of ``length`` tokens, every one of them a label."""
         import numpy as np
 
-        from tg_tinker.engine.batching import rows_from_batch
+        from tg_tinker.engine.training.batching import rows_from_batch
         from tg_tinker.types.batch import BatchData
 
         tokens = np.random.default_rng().integers(self.base.vocab_size, size=(rows, length))
@@ -64,7 +64,7 @@ class EngineSide:
         """Sample ``new`` tokens for each of ``streams`` different prompts with the run's adapter."""
         import numpy as np
 
-        from tg_tinker.engine.generation import GenerationRequest
+        from tg_tinker.engine.sampling.generation import GenerationRequest
 
         tokens = np.random.default_rng().integers(300, self.base.vocab_size, size=(streams, prompt))
         adapter = self.trainer.snapshot()

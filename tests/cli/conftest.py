@@ -16,7 +16,7 @@ from fixtures.embedded import home, service, tc
 from numpy.typing import NDArray
 
 from tg_tinker.cli import main
-from tg_tinker.engine import fetch, models_home
+from tg_tinker.engine.models import fetch, models_home
 
 __all__ = ["home", "service", "tc"]
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tg_tinker.cli import COMMANDS, checkup, main
-from tg_tinker.engine import fetch
+from tg_tinker.engine.models import fetch
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import pytest
 
-from tg_tinker.engine import fetch, gguf_convert, models_home, pip_download
+from tg_tinker.engine.models import fetch, gguf_convert, models_home, pip_download
 from tg_tinker.errors import InvalidRequestError, OperationFailedError
 
 from .conftest import SmallModel

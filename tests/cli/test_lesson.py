@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tg_tinker.cli import lesson
-from tg_tinker.engine import tiny
+from tg_tinker.engine.models import tiny
 
 
 def test_every_fact_is_taught_and_asked() -> None:

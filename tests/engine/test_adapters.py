@@ -13,12 +13,12 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tg_tinker.engine import adapters
-from tg_tinker.engine import tiny as tiny_module
-from tg_tinker.engine.adapters import Adapter, AdapterSpec, FrozenAdapter, active
-from tg_tinker.engine.base_model import BaseModel
-from tg_tinker.engine.checkpointing import checkpointed
-from tg_tinker.engine.lora_linear import GradientFactors, LoRALinear
+from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora.adapters import Adapter, AdapterSpec, FrozenAdapter, active
+from tg_tinker.engine.lora.lora_linear import GradientFactors, LoRALinear
+from tg_tinker.engine.models import tiny as tiny_module
+from tg_tinker.engine.models.base_model import BaseModel
+from tg_tinker.engine.training.checkpointing import checkpointed
 from tg_tinker.errors import InvalidRequestError
 
 SPEC = AdapterSpec(rank=4, alpha=12.0, seed=3)

@@ -16,8 +16,8 @@ from fixtures.hub import HangUp
 from fixtures.training import tiny
 from safetensors.torch import load_file, save_file
 
-from tg_tinker.engine import base_model
-from tg_tinker.engine import tiny as tiny_module
+from tg_tinker.engine.models import base_model
+from tg_tinker.engine.models import tiny as tiny_module
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError, ServerError
 
 
@@ -43,7 +43,7 @@ def load(ref: object, **settings: str) -> base_model.BaseModel:
 
 PROBE = """
 from pathlib import Path
-from tg_tinker.engine import base_model
+from tg_tinker.engine.models import base_model
 from tg_tinker.errors import ResourceNotFoundError
 print(base_model.load("tg-tinker/tiny", home=Path("no-home"), device="cpu").digest)
 try:
@@ -54,7 +54,7 @@ except ResourceNotFoundError as error:
 
 CACHED = """
 from pathlib import Path
-from tg_tinker.engine import base_model
+from tg_tinker.engine.models import base_model
 from tg_tinker.errors import ResourceNotFoundError
 print(base_model.load("nobody/kept", home=Path("no-home"), device="cpu").digest)
 try:

@@ -8,7 +8,7 @@ from fixtures.training import random_rows
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker.engine.batching import plan, rows_from_batch, rows_from_data
+from tg_tinker.engine.training.batching import plan, rows_from_batch, rows_from_data
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum, ModelInput
 from tg_tinker.types.tensor import TensorData

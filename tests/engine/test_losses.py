@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tg_tinker.engine.batching import Row
-from tg_tinker.engine.forward import target_logprobs
-from tg_tinker.engine.inspection import inspect, loss_settings
-from tg_tinker.engine.losses import LOSSES, active_positions, evaluate, rl_metrics
+from tg_tinker.engine.training.batching import Row
+from tg_tinker.engine.training.forward import target_logprobs
+from tg_tinker.engine.training.inspection import inspect, loss_settings
+from tg_tinker.engine.training.losses import LOSSES, active_positions, evaluate, rl_metrics
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.losses import LOSSES as SPECS
 

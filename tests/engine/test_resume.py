@@ -9,9 +9,9 @@ import pytest
 import torch
 from fixtures.training import drive, gradients, random_rows, tiny, trainer
 
-from tg_tinker.engine.adapters import AdapterSpec
-from tg_tinker.engine.optim import OptimizerSettings
-from tg_tinker.engine.trainer import Trainer, TrainerState
+from tg_tinker.engine.lora.adapters import AdapterSpec
+from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.trainer import Trainer, TrainerState
 from tg_tinker.errors import InvalidRequestError
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.2)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from fixtures.training import drive, gradients, random_rows, tiny, trainer
 
-from tg_tinker.engine import forward
-from tg_tinker.engine.adapters import AdapterSpec
-from tg_tinker.engine.batching import Row, rows_from_batch, rows_from_data
-from tg_tinker.engine.optim import OptimizerSettings
-from tg_tinker.engine.trainer import Trainer
+from tg_tinker.engine.lora.adapters import AdapterSpec
+from tg_tinker.engine.training import forward
+from tg_tinker.engine.training.batching import Row, rows_from_batch, rows_from_data
+from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.trainer import Trainer
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, ServerError
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum, ModelInput

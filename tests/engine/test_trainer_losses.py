@@ -9,12 +9,13 @@ import torch
 from fixtures.training import drive, gradients, random_rows, stir, tiny, trainer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from tg_tinker.engine import adapters, forward
-from tg_tinker.engine.adapters import AdapterSpec, active
-from tg_tinker.engine.batching import Row
-from tg_tinker.engine.gradients import ExampleGradients
-from tg_tinker.engine.lora_linear import GradientFactors
-from tg_tinker.engine.trainer import Trainer
+from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora.adapters import AdapterSpec, active
+from tg_tinker.engine.lora.lora_linear import GradientFactors
+from tg_tinker.engine.training import forward
+from tg_tinker.engine.training.batching import Row
+from tg_tinker.engine.training.gradients import ExampleGradients
+from tg_tinker.engine.training.trainer import Trainer
 
 RL_INPUTS = ("logprobs", "advantages")
 PAIRS = ("weights", "ref_logprobs")

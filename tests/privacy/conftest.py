@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from tg_tinker.engine import base_model
-from tg_tinker.engine.base_model import BaseModel
+from tg_tinker.engine.models import base_model
+from tg_tinker.engine.models.base_model import BaseModel
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 

@@ -17,8 +17,8 @@ import torch
 from fixtures.private_runs import Private, make_rows, make_trainer, one_by_one
 from scipy.stats import beta
 
-from tg_tinker.engine.base_model import BaseModel
-from tg_tinker.engine.optim import OptimizerSettings
+from tg_tinker.engine.models.base_model import BaseModel
+from tg_tinker.engine.training.optim import OptimizerSettings
 from tg_tinker.privacy import clipping
 
 RUNS = int(os.environ.get("TG_TINKER_ATTACK_RUNS", "40"))

@@ -21,13 +21,13 @@ from fixtures.private_runs import (
     ticket,
 )
 
-from tg_tinker.engine.base_model import BaseModel
-from tg_tinker.engine.batching import Row
-from tg_tinker.engine.optim import OptimizerSettings
-from tg_tinker.engine.trainer import TrainerState
+from tg_tinker.engine.models.base_model import BaseModel
+from tg_tinker.engine.training.batching import Row
+from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.trainer import TrainerState
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, OperationFailedError
 from tg_tinker.privacy.accountant import Mechanism, spent
-from tg_tinker.server.operations import Offline
+from tg_tinker.server.work.operations import Offline
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [4096, 24])

@@ -13,9 +13,9 @@ from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 
 from tg_tinker import ServiceClient
-from tg_tinker.server import background_writer, trail
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.ownership import folder_of
+from tg_tinker.server.records import background_writer, trail
 from tg_tinker.service.evidence import Evidence
 from tg_tinker.store.audit import HeadSigner
 from tg_tinker.store.tables import audit

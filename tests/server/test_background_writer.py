@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from tg_tinker.errors import ServerError
-from tg_tinker.server import background_writer
-from tg_tinker.server.background_writer import BackgroundWriter
+from tg_tinker.server.records import background_writer
+from tg_tinker.server.records.background_writer import BackgroundWriter
 
 LOCKED = OperationalError("INSERT", {}, sqlite3.OperationalError("database is locked"))
 

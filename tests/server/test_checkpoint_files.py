@@ -74,7 +74,7 @@ async def test_a_signed_url_opens_one_file_for_a_while(real, monkeypatch):
     other = files[1]["url"].rsplit("/", 1)[1]
     for bad in (f"{flipped}/{name}", f"{token}/{other}", f"{token.partition('.')[0]}./{name}"):
         assert (await stranger.get(f"/v1/loops/files/{bad}")).status == 403
-    monkeypatch.setattr("tg_tinker.server.exports.time", lambda: 4e9)
+    monkeypatch.setattr("tg_tinker.server.training.exports.time", lambda: 4e9)
     assert (await stranger.get(url)).status == 403
     monkeypatch.undo()
     await real.call("DELETE", f"/v1/artifacts/{checkpoint['id']}")

@@ -104,7 +104,7 @@ async def test_a_sampler_without_a_run_is_made_once(client, monkeypatch):
     pinned = [await made(client, model_path=path) for _ in range(3)]
     assert [len(set(ids)) for ids in (base, pinned, base + pinned)] == [1, 1, 2]
     assert await made(client.as_tenant("other-key"), base_model=MODEL) not in base
-    monkeypatch.setattr("tg_tinker.server.samplers.MOST", 3)
+    monkeypatch.setattr("tg_tinker.server.serving.samplers.MOST", 3)
     await client.operate(trainer, "save_weights_for_sampler", {"name": "q"})
     await made(client, base_model=MODEL)
     await made(client, model_path=path.replace("/p", "/q"))

@@ -13,12 +13,12 @@ from fixtures.server_client import BATCH
 
 from tg_tinker.errors import InvalidRequestError, QueueFullError, RateLimitedError
 from tg_tinker.server import threads
-from tg_tinker.server.checkpoint_uri import CheckpointUri
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.ownership import Ownership
+from tg_tinker.server.serving.versions import LEASES, Version, Versions
 from tg_tinker.server.settings import Settings
-from tg_tinker.server.versions import LEASES, Version, Versions
+from tg_tinker.server.training.checkpoint_uri import CheckpointUri
 
 
 def version(number: int) -> Version:

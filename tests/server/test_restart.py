@@ -10,10 +10,10 @@ from fixtures.fake_engine import MODEL, FakeEngine
 from fixtures.server_client import BATCH, datum
 from sqlalchemy.exc import OperationalError
 
-from tg_tinker.server import trail
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.ownership import folder_of
-from tg_tinker.server.tickets import Ticket
+from tg_tinker.server.records import trail
+from tg_tinker.server.records.tickets import Ticket
 from tg_tinker.store.audit import AuditEvent
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.verify import verify_audit_log

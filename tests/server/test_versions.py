@@ -233,5 +233,7 @@ async def test_a_time_to_live_holds_for_versions(serve, monkeypatch):
     run = await Trained.start(await serve(versions_kept=1))
     await run.publish("x", ttl_seconds=600)
     await run.publish("x")
-    monkeypatch.setattr("tg_tinker.server.shelf.Stored.expired", property(lambda stored: stored.expires_at is not None))
+    monkeypatch.setattr(
+        "tg_tinker.server.serving.shelf.Stored.expired", property(lambda stored: stored.expires_at is not None)
+    )
     assert await run.tokens([1, 2]) == ["SAMPLER_VERSION_NOT_FOUND", 13]

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.timeout(240)
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> TokenizerFiles:
     """The tiny model's tokenizer, saved as the server saves it."""
-    tiny = pytest.importorskip("tg_tinker.engine.tiny", reason="the tiny model's tokenizer is made by the engine")
+    tiny = pytest.importorskip(
+        "tg_tinker.engine.models.tiny", reason="the tiny model's tokenizer is made by the engine"
+    )
     folder = tmp_path_factory.mktemp("saved")
     tiny.make_tokenizer().save_pretrained(folder)
     return TokenizerFiles(

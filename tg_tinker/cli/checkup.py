@@ -109,7 +109,7 @@ def _private(folder: Path) -> str:
 
 
 def _model() -> Finding:
-    from tg_tinker.engine import fetch, models_home
+    from tg_tinker.engine.models import fetch, models_home
 
     if fetch.is_fetched(models_home.SMOLLM2, home.folder()):
         return Finding("model", "ok", f"{models_home.SMOLLM2} is here")

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, Te
 
 from tg_tinker import home
 from tg_tinker.cli import output as out
-from tg_tinker.engine import fetch, models_home
+from tg_tinker.engine.models import fetch, models_home
 
 __all__ = ["command", "fetch_shown"]
 

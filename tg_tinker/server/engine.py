@@ -15,12 +15,12 @@ from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum
 
 if TYPE_CHECKING:
-    from tg_tinker.engine.adapters import FrozenAdapter
-    from tg_tinker.engine.base_model import BaseModel
-    from tg_tinker.engine.generation import GenerationRequest
-    from tg_tinker.engine.optim import OptimizerSettings
-    from tg_tinker.engine.sampler import Sampler
-    from tg_tinker.engine.trainer import Trainer, TrainerState
+    from tg_tinker.engine.lora.adapters import FrozenAdapter
+    from tg_tinker.engine.models.base_model import BaseModel
+    from tg_tinker.engine.sampling.generation import GenerationRequest
+    from tg_tinker.engine.sampling.sampler import Sampler
+    from tg_tinker.engine.training.optim import OptimizerSettings
+    from tg_tinker.engine.training.trainer import Trainer, TrainerState
 
 
 class Engine(Protocol):
@@ -81,7 +81,9 @@ class TorchEngine:
         collecting = gc.isenabled()
         gc.disable()  # it would take a quarter of the time
         try:
-            from tg_tinker.engine import base_model, sampler, trainer
+            from tg_tinker.engine.models import base_model
+            from tg_tinker.engine.sampling import sampler
+            from tg_tinker.engine.training import trainer
         finally:
             gc.freeze()  # a million objects that stay: every later collection would go through them for half a second
             if collecting:
@@ -94,27 +96,27 @@ class TorchEngine:
 
     def load(self, ref: str, dtype: str, progress: Callable[[str], None]) -> BaseModel:
         """Load a base model from the hub, a folder, or by its built-in name."""
-        from tg_tinker.engine import base_model
+        from tg_tinker.engine.models import base_model
 
         return base_model.load(ref, home=self._home, device=self._device, dtype=dtype, progress=progress)
 
     def sampler(self, base: BaseModel) -> Sampler:
         """A continuous-batching sampler; the first thing that the device thread learns of a model."""
-        from tg_tinker.engine.sampler import Sampler
+        from tg_tinker.engine.sampling.sampler import Sampler
 
         self._threads.fit(base)
         return Sampler(base, slots=self._slots)
 
     def trainer(self, base: BaseModel, spec: Mapping[str, Any], **options: Any) -> Trainer:
         """A LoRA run."""
-        from tg_tinker.engine.adapters import AdapterSpec
-        from tg_tinker.engine.trainer import Trainer
+        from tg_tinker.engine.lora.adapters import AdapterSpec
+        from tg_tinker.engine.training.trainer import Trainer
 
         return Trainer(base, AdapterSpec(**spec), **options)
 
     def rows(self, examples: BatchData | Sequence[Datum]) -> list[Any]:
         """Rows as ``engine.batching`` makes them."""
-        from tg_tinker.engine import batching
+        from tg_tinker.engine.training import batching
 
         return (
             batching.rows_from_batch(examples) if isinstance(examples, BatchData) else batching.rows_from_data(examples)
@@ -122,25 +124,25 @@ class TorchEngine:
 
     def optimizer(self, **fields: Any) -> OptimizerSettings:
         """Settings of ``engine.optim``."""
-        from tg_tinker.engine.optim import OptimizerSettings
+        from tg_tinker.engine.training.optim import OptimizerSettings
 
         return OptimizerSettings(**fields)
 
     def generation(self, **fields: Any) -> GenerationRequest:
         """A request of ``engine.generation``."""
-        from tg_tinker.engine.generation import GenerationRequest
+        from tg_tinker.engine.sampling.generation import GenerationRequest
 
         return GenerationRequest(**fields)
 
     def state(self, tensors: Mapping[str, Any], counters: Mapping[str, Any]) -> TrainerState:
         """A state of ``engine.trainer``."""
-        from tg_tinker.engine.trainer import TrainerState
+        from tg_tinker.engine.training.trainer import TrainerState
 
         return TrainerState(tensors=dict(tensors), counters=dict(counters))
 
     def frozen(self, base: BaseModel, spec: Mapping[str, Any], tensors: Mapping[str, Any]) -> FrozenAdapter:
         """An adapter for sampling, checked against the model it is for."""
-        from tg_tinker.engine import adapters
+        from tg_tinker.engine.lora import adapters
 
         adapter = adapters.create(base, adapters.AdapterSpec(**spec))
         adapter.load(tensors)

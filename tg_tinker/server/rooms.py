@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 import attrs
 
 from tg_tinker.errors import InvalidRequestError, ServerError, ServerRestartedError
-from tg_tinker.server.auditing import Auditing
 from tg_tinker.server.auth import Keys
-from tg_tinker.server.creation import Creation
 from tg_tinker.server.engine import Engine, TorchEngine
-from tg_tinker.server.exports import Exports
-from tg_tinker.server.journal import Journal
 from tg_tinker.server.limits import Admission, RateLimit
-from tg_tinker.server.models import Models
 from tg_tinker.server.ownership import Ownership, folder_of
-from tg_tinker.server.published import Published
-from tg_tinker.server.recording import Recording
-from tg_tinker.server.recovery import Recovery
-from tg_tinker.server.registry import Registry
-from tg_tinker.server.runs import Runs
-from tg_tinker.server.samplers import Samplers
-from tg_tinker.server.scheduler import Scheduler, tell
+from tg_tinker.server.records.auditing import Auditing
+from tg_tinker.server.records.journal import Journal
+from tg_tinker.server.records.recording import Recording
+from tg_tinker.server.records.recovery import Recovery
+from tg_tinker.server.records.registry import Registry
+from tg_tinker.server.records.ticket_book import Tickets
+from tg_tinker.server.records.trail import Trail
+from tg_tinker.server.serving.models import Models
+from tg_tinker.server.serving.published import Published
+from tg_tinker.server.serving.samplers import Samplers
 from tg_tinker.server.settings import Settings
 from tg_tinker.server.sweeping import Sweeping
-from tg_tinker.server.ticket_book import Tickets
-from tg_tinker.server.trail import Trail
+from tg_tinker.server.training.creation import Creation
+from tg_tinker.server.training.exports import Exports
+from tg_tinker.server.training.runs import Runs
+from tg_tinker.server.work.scheduler import Scheduler, tell
 
 if TYPE_CHECKING:
     from tg_tinker.store.audit import HeadSigner

@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tg_tinker.engine.base_model import BaseModel
+    from tg_tinker.engine.models.base_model import BaseModel
 
 _log = logging.getLogger("tg_tinker.server")
 

@@ -18,14 +18,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tg_tinker.engine import adapters, base_model, tiny
-from tg_tinker.engine.base_model import BaseModel
-from tg_tinker.engine.sampler import Generation, GenerationRequest, Sampler
+from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.models import base_model, tiny
+from tg_tinker.engine.models.base_model import BaseModel
+from tg_tinker.engine.sampling.sampler import Generation, GenerationRequest, Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from tg_tinker.engine.adapters import FrozenAdapter
+    from tg_tinker.engine.lora.adapters import FrozenAdapter
     from tg_tinker.errors import TGTinkerError
 
 SHAPE = {

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tg_tinker.engine import tiny
-from tg_tinker.engine.detokenize import StopTexts, TextStream, TokenReader, decoder_of
+from tg_tinker.engine.models import tiny
+from tg_tinker.engine.sampling.detokenize import StopTexts, TextStream, TokenReader, decoder_of
 
 SPECIAL = "<\ufffd"  # begins a special token; stands for what is no text
 LINES = ["the quick brown fox", "größer als 😀 und 漢字かな", "naïve café — “quotes”", "a\n\nb\tc  d", "😀😀👩‍👩‍👧"]

@@ -14,11 +14,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from tg_tinker.engine import logits as logits_of
-from tg_tinker.engine.generation import GenerationRequest
-from tg_tinker.engine.logits import Penalties, Settings
-from tg_tinker.engine.sampling_batch import SamplingBatch
-from tg_tinker.engine.stream import Stream
+from tg_tinker.engine.sampling import logits as logits_of
+from tg_tinker.engine.sampling.generation import GenerationRequest
+from tg_tinker.engine.sampling.logits import Penalties, Settings
+from tg_tinker.engine.sampling.sampling_batch import SamplingBatch
+from tg_tinker.engine.sampling.stream import Stream
 
 
 def stream_of(request, tokens=()):

@@ -4,10 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tg_tinker.engine.decoder import Prompt
-from tg_tinker.engine.generation import GenerationRequest
-from tg_tinker.engine.prefill import PrefillJob, pace, share_out, tokens_a_tick
-from tg_tinker.engine.stream import Stream
+from tg_tinker.engine.sampling.decoder import Prompt
+from tg_tinker.engine.sampling.generation import GenerationRequest
+from tg_tinker.engine.sampling.prefill import PrefillJob, pace, share_out, tokens_a_tick
+from tg_tinker.engine.sampling.stream import Stream
 
 
 def job_of(length, done=0, **asked):

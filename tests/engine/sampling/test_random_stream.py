@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tg_tinker.engine.random_stream import RandomStream
+from tg_tinker.engine.sampling.random_stream import RandomStream
 
 
 @pytest.mark.parametrize("seed", [0, 12345, 2**64 - 1])

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from tg_tinker.engine.sampler import Sampler
+from tg_tinker.engine.sampling.sampler import Sampler
 
 
 def tensor_bytes():

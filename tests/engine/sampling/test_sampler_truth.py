@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tg_tinker.engine import adapters
-from tg_tinker.engine.sampler import Sampler
+from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.sampling.sampler import Sampler
 
 FAMILIES = ["llama", "llama-biased", "llama-scaled", "qwen2", "qwen3", "gpt-neox"]
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tg_tinker.engine import slot_decoder, step_decoder
-from tg_tinker.engine.sampler import Sampler
-from tg_tinker.engine.step_decoder import StepDecoder
+from tg_tinker.engine.sampling import slot_decoder, step_decoder
+from tg_tinker.engine.sampling.sampler import Sampler
+from tg_tinker.engine.sampling.step_decoder import StepDecoder
 from tg_tinker.errors import InvalidRequestError
 
 

@@ -11,9 +11,9 @@ from aiohttp import web
 
 from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.server.middleware import REQUEST_ID, ROOMS, TENANT
+from tg_tinker.server.records.tickets import Held, Ticket
 from tg_tinker.server.rooms import Rooms
-from tg_tinker.server.runs import Run, Surface
-from tg_tinker.server.tickets import Held, Ticket
+from tg_tinker.server.training.runs import Run, Surface
 from tg_tinker.store.names import check_label
 from tg_tinker.types import checks
 from tg_tinker.wire import codec, headers

@@ -6,7 +6,7 @@ import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import common
-from tg_tinker.server.tickets import Held, Ticket
+from tg_tinker.server.records.tickets import Held, Ticket
 from tg_tinker.wire import codec, tg
 
 

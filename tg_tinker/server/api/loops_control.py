@@ -9,9 +9,9 @@ import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import common, loops, samplers
-from tg_tinker.server.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
-from tg_tinker.server.runs import Run
-from tg_tinker.server.samplers import Sampler
+from tg_tinker.server.serving.samplers import Sampler
+from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
+from tg_tinker.server.training.runs import Run
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import ServerCapabilities, SupportedModel
 from tg_tinker.types.losses import LOSSES

@@ -9,8 +9,8 @@ from aiohttp import web
 
 from tg_tinker.server.api import common
 from tg_tinker.server.middleware import ROOMS
-from tg_tinker.server.scheduler import tell
-from tg_tinker.server.tickets import Ticket
+from tg_tinker.server.records.tickets import Ticket
+from tg_tinker.server.work.scheduler import tell
 from tg_tinker.types.results import SampleResult, StreamChunk
 from tg_tinker.wire import frames
 

@@ -7,10 +7,10 @@ import secrets
 from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.server import tg_operations
 from tg_tinker.server.api import common, streams
-from tg_tinker.server.runs import Run
-from tg_tinker.server.tickets import Ticket, outcome_of
+from tg_tinker.server.records.tickets import Ticket, outcome_of
+from tg_tinker.server.training import tg_operations
+from tg_tinker.server.training.runs import Run
 from tg_tinker.types import checks, results
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.wire import codec, digest, headers, tg

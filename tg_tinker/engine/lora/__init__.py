@@ -1,0 +1,1 @@
+"""LoRA: adapters of many runs on one base model."""

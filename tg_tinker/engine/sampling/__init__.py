@@ -1,0 +1,1 @@
+"""Sampling: continuous batching over requests and adapters."""

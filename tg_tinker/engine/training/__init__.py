@@ -1,0 +1,1 @@
+"""Training: rows in, losses and gradients out, optimizer steps."""

@@ -1,0 +1,195 @@
+"""The optimizer of one run: hyper-parameters come with every step, the moments stay here and can be taken out.
+
+The arithmetic is torch's (fused Adam and AdamW) and transformers' (Adafactor). Learning-rate schedules are in
+``schedules``; reducing and clipping gradients is the trainer's affair.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tg_tinker.engine.lora.adapters import check_tensors
+from tg_tinker.engine.training.schedules import CYCLES, learning_rate_at
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types.config import OPTIMIZERS, SCHEDULES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Optimizer", "OptimizerSettings", "learning_rate_at"]
+
+
+@attrs.frozen(kw_only=True)
+class OptimizerSettings:
+    """Everything that one optimizer step needs to know."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0  # decoupled for adamw, added to the gradient for adam and sgd
+    grad_clip_norm: float | None = None  # None or 0: off
+    momentum: float = 0.0  # sgd only
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    schedule_kwargs: Mapping[str, Any] = attrs.field(factory=dict)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a value out of range with an ``InvalidRequestError`` that names the field."""
+        _require(self.name in OPTIMIZERS, "name", f"one of {', '.join(OPTIMIZERS)}", self.name)
+        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        for field in ("learning_rate", "eps", "weight_decay", "momentum", "warmup_steps"):
+            _require(_is_amount(getattr(self, field)), field, "a finite number of at least 0", getattr(self, field))
+        for field in ("grad_clip_norm", "total_steps"):
+            value = getattr(self, field)
+            _require(value is None or _is_amount(value), field, "a finite number of at least 0, or None", value)
+        rates = all(0.0 <= beta < 1.0 for beta in self.betas)
+        _require(rates, "betas", "two numbers from 0 up to, not including, 1", self.betas)
+        allowed = {"num_cycles"} if self.schedule in CYCLES else set[str]()
+        unknown = sorted(set(self.schedule_kwargs) - allowed)
+        _require(not unknown, "schedule_kwargs", f"only {', '.join(allowed) or 'nothing'} for this schedule", unknown)
+        cycles = self.schedule_kwargs.get("num_cycles", 1)
+        _require(_is_amount(cycles), "schedule_kwargs.num_cycles", "a finite number of at least 0", cycles)
+
+
+class Optimizer:
+    """The moments of one run's parameters, and the step that uses them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = dict(parameters)
+        self.reset()
+
+    def __repr__(self) -> str:
+        """Which optimizer is in use, and how many steps its moments hold."""
+        return f"<Optimizer {self.name or 'unused'}, {self.steps} steps>"
+
+    def reset(self) -> None:
+        """Forget all moments."""
+        self.name: str | None = None
+        self.steps = 0
+        self._engine: torch.optim.Optimizer | None = None
+
+    def step(self, settings: OptimizerSettings, learning_rate: float) -> None:
+        """Update every parameter from its ``grad``; another kind of optimizer than before starts from no moments."""
+        if self._engine is None or self.name != settings.name:
+            self.reset()
+            self._engine, self.name = _ENGINES[settings.name](list(self._parameters.values())), settings.name
+        for group in self._engine.param_groups:
+            group.update(_hyperparameters(settings, learning_rate))
+        self._engine.step()
+        self.steps += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments, as ``<kind>.<parameter name>``; these are the tensors themselves."""
+        if self._engine is None:
+            return {}
+        return {
+            f"{kind}.{name}": value
+            for name, parameter in self._parameters.items()
+            for kind, value in self._engine.state[parameter].items()
+            if kind in _MOMENTS[cast("str", self.name)] and value is not None
+        }
+
+    def counters(self) -> dict[str, Any]:
+        """What is to be kept beside the moments."""
+        kinds = sorted({key.partition(".")[0] for key in self.tensors()})
+        return {"name": self.name, "steps": self.steps, "kinds": kinds}
+
+    def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+        """Continue from saved moments; nothing changes unless they fit.
+
+        Raises ``InvalidRequestError`` when a tensor is missing, misshapen, of another dtype or not finite.
+        """
+        name, steps, kinds = counters.get("name"), counters.get("steps", 0), counters.get("kinds", [])
+        if name is None:
+            check_tensors(tensors, {}, field="optimizer")
+            self.reset()
+            return
+        _require(name in _ENGINES, "optimizer.name", f"one of {', '.join(_ENGINES)}", name)
+        _require(set(kinds) <= set(_MOMENTS[name]), "optimizer.kinds", f"among {sorted(_MOMENTS[name])}", kinds)
+        shapes = {
+            f"{kind}.{key}": _MOMENTS[name][kind](parameter)
+            for key, parameter in self._parameters.items()
+            for kind in kinds
+        }
+        check_tensors(tensors, shapes, field="optimizer", same_dtype=True)
+        engine = _ENGINES[name](list(self._parameters.values()))
+        for key, parameter in self._parameters.items():
+            moments = {kind: tensors[f"{kind}.{key}"].to(parameter.device, copy=True) for kind in kinds}
+            engine.state[parameter] = {**moments, **_step_entries(name, steps, parameter)}
+        self.name, self.steps, self._engine = name, steps, engine
+
+
+def _hyperparameters(settings: OptimizerSettings, learning_rate: float) -> dict[str, Any]:
+    common = {"lr": learning_rate, "weight_decay": settings.weight_decay}
+    if settings.name in {"adamw", "adam"}:
+        return {**common, "betas": settings.betas, "eps": settings.eps}
+    return {**common, "momentum": settings.momentum} if settings.name == "sgd" else common
+
+
+def _step_entries(name: str, steps: int, parameter: nn.Parameter) -> dict[str, Any]:
+    """The step counter in the form that each implementation keeps it in."""
+    if name in {"adamw", "adam"}:
+        return {"step": torch.tensor(float(steps), dtype=torch.float32, device=parameter.device)}
+    return {"step": steps, "RMS": 0.0} if name == "adafactor" else {}
+
+
+def _adamw(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, fused=True)
+
+
+def _adam(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, fused=True)
+
+
+def _sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def _adafactor(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Take the learning rate as given: no scaling by parameter size, no schedule inside (as the HF Trainer does)."""
+    from transformers import Adafactor  # brings the whole trainer of transformers along
+
+    return Adafactor(parameters, lr=0.0, scale_parameter=False, relative_step=False, warmup_init=False)
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    return parameter.new_empty(parameter.shape, device="meta")
+
+
+def _rows(parameter: Tensor) -> Tensor:
+    return parameter.new_empty(parameter.shape[:-1], device="meta")
+
+
+def _columns(parameter: Tensor) -> Tensor:
+    return parameter.new_empty(parameter.shape[:-2] + parameter.shape[-1:], device="meta")
+
+
+_ENGINES: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "sgd": _sgd,
+    "adafactor": _adafactor,
+}
+_MOMENTS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+    "adamw": {"exp_avg": _whole, "exp_avg_sq": _whole},
+    "adam": {"exp_avg": _whole, "exp_avg_sq": _whole},
+    "sgd": {"momentum_buffer": _whole},
+    "adafactor": {"exp_avg_sq_row": _rows, "exp_avg_sq_col": _columns},
+}
+
+
+def _is_amount(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _require(holds: bool, field: str, constraint: str, value: object) -> None:
+    if not holds:
+        raise InvalidRequestError(f"{field} must be {constraint}, not {value!r}", field=field, constraint=constraint)

@@ -1,0 +1,1 @@
+"""Records: what was accepted, how it ended, and who hears of it."""

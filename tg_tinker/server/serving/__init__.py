@@ -1,0 +1,1 @@
+"""Serving: models, published versions, and the samples that are asked of them."""

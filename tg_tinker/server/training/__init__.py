@@ -1,0 +1,1 @@
+"""Training runs and their operations on both surfaces."""

@@ -1,0 +1,1 @@
+"""Work: operations, their order in each run, and the threads that they run on."""
