@@ -168,12 +168,14 @@ async def _first(connection: AsyncConnection, query: Select[tuple[Any]]) -> Audi
 
 
 def _linked(event: AuditEvent, last: AuditLogEntry | None) -> AuditLogEntry:
+    fields: dict[str, Any] = attrs.asdict(event, recurse=False)
+    fields["timestamp"] = event.timestamp.astimezone(UTC)
     draft = AuditLogEntry(
         sequence=1 if last is None else last.sequence + 1,
         entry_id=f"aud-{secrets.token_hex(12)}",
         prev_hash=genesis_hash(event.tenant_id) if last is None else last.record_hash,
         record_hash="",
-        **{**attrs.asdict(event, recurse=False), "timestamp": event.timestamp.astimezone(UTC)},
+        **fields,
     )
     return attrs.evolve(draft, record_hash=record_hash(draft))
 
