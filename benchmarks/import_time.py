@@ -14,7 +14,7 @@ _LOOPS = "from tg_tinker.loops import AdamParams, Datum, ModelInput, ServiceClie
 
 
 def run(options: Options) -> list[Figure]:
-    """Time the bare import, and the imports that the seeds' examples begin with."""
+    """Time the bare import, and the imports that programs of both surfaces begin with."""
     statements = {
         "aiohttp": "import aiohttp",
         "bare": "import tg_tinker",

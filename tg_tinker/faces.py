@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Concatenate, Generic, NoReturn, ParamSpec, Protocol, TypeVar, cast
 
 from tg_tinker.core.call import Call, Composed, Flow, Plan
 from tg_tinker.core.compose import compose
@@ -47,6 +47,7 @@ S = TypeVar("S", bound=Client)
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+_ONE_READER = "a stream cannot be copied or pickled: read it where it was opened, and pass its chunks on"
 _PLAN = re.compile(r"(?:\w+\.)*(?:Call|Flow|Plan|Composed)\[(?P<result>.*)\](?:\s*\|.*)?")
 
 
@@ -152,6 +153,10 @@ class Chunks(Generic[T]):
         """Do not leave the server generating for nobody."""
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied: the end of the copy would be the end of the stream."""
+        raise TypeError(_ONE_READER)
+
 
 class AsyncChunks(Generic[T]):
     """As ``Chunks``, for ``async for``."""
@@ -177,6 +182,10 @@ class AsyncChunks(Generic[T]):
     def __del__(self) -> None:
         """Do not leave the server generating for nobody."""
         drop(self._channel)
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied: the end of the copy would be the end of the stream."""
+        raise TypeError(_ONE_READER)
 
 
 def stream(plan: Callable[Concatenate[S, P], Call[R]]) -> Callable[Concatenate[S, P], Iterator[R]]:

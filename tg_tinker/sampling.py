@@ -18,6 +18,7 @@ from tg_tinker.core.service import ServiceCore
 from tg_tinker.errors import ServerError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import plane
+from tg_tinker.loops.closing import Closing
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.loops import ModelInput, SamplingParams, prompt_of
@@ -35,7 +36,7 @@ _SCORING = SamplingParams(max_tokens=1)
 
 
 @final
-class SamplingClient:
+class SamplingClient(Closing):
     """Samples of one base model, published version or checkpoint; from ``ServiceClient`` or ``TrainingClient``.
 
     A pinned client is served by its version or a newer one (``X-Min-Policy-Version``), and by exactly its own where the
@@ -54,12 +55,13 @@ class SamplingClient:
         run_id: str | None = None,
     ) -> None:
         identity = {headers.RUN_ID: run_id} if run_id else {headers.SAMPLER_ID: sampler.id}
-        self._core = RunCore(
+        core = RunCore(
             service,
             LoopsRetrieval(sampler.base_url),
             name=f"sampler {sampler.id}",
             headers={**identity, **(pinned or {})},
         )
+        super().__init__(core)
         self._sampler = sampler
         self._tokenizers = tokenizers
         self._timeout = timeout
@@ -77,11 +79,6 @@ class SamplingClient:
         raise TypeError(
             "a SamplingClient cannot be pickled: call service.create_sampling_client(model_path=...) over there"
         )
-
-    @property
-    def core(self) -> RunCore:
-        """Where its calls go."""
-        return self._core
 
     @property
     def min_policy_version(self) -> int | None:
@@ -193,15 +190,6 @@ class SamplingClient:
             return (await plane.served_version(self._core, self._sampler.base_url, minimum, hold))[0]
 
         await wait_for_version(serving, minimum, ceiling=seconds)
-
-    def close(self) -> None:
-        """Refuse further calls; the connection is the service's and stays open."""
-        self._core.home.check_blocking("close()")
-        self._core.home.run(self._core.aclose())
-
-    async def aclose(self) -> None:
-        """Close, from a coroutine."""
-        await self._core.home.hop(self._core.aclose())
 
 
 def _answer(prompt: list[int], reply: Reply) -> SampleResponse:

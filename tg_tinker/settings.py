@@ -50,6 +50,11 @@ TIMEOUT = DefaultFloat(300.0)
 RETRY_COUNT = DefaultInt(3)
 
 
+def _fits_a_header(_: object, attribute: attrs.Attribute[Any], value: str | None) -> None:
+    if value is not None and not value.isprintable():
+        raise checks.refuse(attribute.name, "printable characters alone", "(not shown)")
+
+
 @attrs.frozen(kw_only=True)
 class Settings:
     """What a ``ServiceClient`` goes by. Without a ``base_url`` a server is run on this machine, in ``home``.
@@ -59,9 +64,9 @@ class Settings:
     wait for an operation's result is bounded by ``result(timeout)`` alone.
     """
 
-    api_key: str | None = attrs.field(default=None, repr=False)
+    api_key: str | None = attrs.field(default=None, repr=False, validator=_fits_a_header)
     base_url: str | None = None
-    tenant_id: str | None = None
+    tenant_id: str | None = attrs.field(default=None, validator=_fits_a_header)
     timeout: float = attrs.field(default=float(TIMEOUT), validator=checks.number(above=0.0))
     ready_timeout: float = attrs.field(default=600.0, validator=checks.number(above=0.0))
     retry_count: int = attrs.field(default=int(RETRY_COUNT), validator=checks.integer(0, 100))

@@ -7,6 +7,7 @@ Made by ``ServiceClient.create_training_client``. The Loops client of the same n
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, final
@@ -340,10 +341,16 @@ def json_object(field: str, value: object) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise checks.refuse(field, "a dict of JSON values", value)
     try:
+        json.dumps(dict(value), allow_nan=False, default=_as_numbers)  # orjson would write a NaN as null
         plain: dict[str, Any] = codec.loads(codec.dumps(dict(value)))
-    except TypeError as error:
-        raise checks.refuse(field, f"nothing but JSON values ({error})", value) from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise checks.refuse(field, f"nothing but JSON values ({error})", type(value)) from error
     return plain
+
+
+def _as_numbers(value: object) -> object:
+    """The numbers of an array; what else there may be has none."""
+    return value.tolist() if hasattr(value, "tolist") else None
 
 
 def _config_of(info: TrainingClientInfo) -> TrainingConfig:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
+from typing import TypeVar
 
 import attrs
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import arguments, checks
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.types.value import Value
 from tg_tinker.wire.digest import canonical_json, sha256_hex
+
+T = TypeVar("T")
 
 
 @attrs.frozen(kw_only=True)
@@ -79,10 +83,11 @@ def verify_audit_log(
     """Recompute a tenant's whole chain from its first entry and hold it against heads that were kept.
 
     ``public_key`` pins the signing key (base64), otherwise the first head's is taken. Raises ``InvalidRequestError``
-    (code EXTRA_MISSING) if heads are given and ``cryptography`` is not installed.
+    naming what is no entry or head, or (code EXTRA_MISSING) if heads are given and ``cryptography`` is not installed.
     """
-    hashes: list[str] = [genesis_hash(tenant_id)]
-    for entry in entries:
+    hashes: list[str] = [genesis_hash(arguments.text("tenant_id", tenant_id))]
+    heads = list(_each(AuditHead, "heads", heads))
+    for entry in _each(AuditLogEntry, "entries", entries):
         problem = _problem(entry, tenant_id, len(hashes), hashes[-1])
         if problem is not None:
             # A gap shows at the entry that should have stood here.
@@ -96,6 +101,15 @@ def verify_audit_log(
             first_bad = min(head.sequence, len(hashes))
             return AuditVerification(ok=False, entries=len(hashes) - 1, first_bad=first_bad, reason=problem)
     return AuditVerification(ok=True, entries=len(hashes) - 1)
+
+
+def _each(kind: type[T], field: str, values: Iterable[T]) -> Iterator[T]:
+    if not isinstance(values, Iterable):
+        raise checks.refuse(field, f"{kind.__name__} values", values)
+    for index, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise checks.refuse(f"{field}[{index}]", f"an {kind.__name__}", value)
+        yield value
 
 
 def _problem(entry: AuditLogEntry, tenant_id: str, sequence: int, previous: str) -> str | None:

@@ -26,7 +26,7 @@ FAILURE = {"code": "OPERATION_FAILED", "message": "out of memory", "details": {"
 
 
 def test_one_class_three_names() -> None:
-    """The names of both seeds are one class."""
+    """The names of both surfaces are one class."""
     assert FutureHandle is OperationFuture
     assert APIFuture is OperationFuture
 
@@ -66,6 +66,13 @@ def test_a_timeout_that_is_no_time_is_refused(threaded: ThreadedServer, toy: Toy
         assert caught.value.field == "timeout"
     with pytest.raises(errors.InvalidRequestError):
         asyncio.run(done.result_async(timeout=timeout))  # type: ignore[arg-type]
+
+
+def test_a_callback_that_cannot_be_called_is_refused(toy: Toy) -> None:
+    """At the call, by name, not in a log when the outcome is known."""
+    with pytest.raises(errors.InvalidRequestError) as caught:
+        toy.optim_step().add_done_callback(None)  # type: ignore[arg-type]
+    assert caught.value.field == "callback"
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e300, 10**12])
@@ -245,6 +252,15 @@ def test_pickling_says_what_to_do_instead(toy: Toy) -> None:
     for travel in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match=r"pass future\.id, and call service\.get_future\(id\)"):
             travel(future)
+
+
+@pytest.mark.parametrize("stream", ["sample_stream", "sample_stream_async"])
+def test_a_stream_has_one_reader(toy: Toy, stream: str) -> None:
+    """Neither kind of iterator can be copied or pickled: a copy that goes would end what the other one reads."""
+    chunks = getattr(toy, stream)("x")
+    for travel in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="read it where it was opened"):
+            travel(chunks)
 
 
 def test_a_latch_wakes_everybody_once() -> None:

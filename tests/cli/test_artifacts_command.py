@@ -84,5 +84,6 @@ def test_damage_and_strangers_are_told_apart(tg, saved: str, tmp_path: Path) -> 
     pulled.write_text("hello")
     assert "no pulled artifact" in tg("artifacts", "open", pulled, code=1).stderr
     assert "cannot be read" in tg("artifacts", "open", tmp_path / "none", code=1).stderr
+    assert "--tenant" in tg("artifacts", "open", saved, "--tenant", "nobody", code=1).stderr
     tg("artifacts", "rm", saved, "--yes")
     assert "no such artifact" in tg("artifacts", "pull", saved, "--output", tmp_path / "other", code=1).stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from tg_tinker.cli import COMMANDS, checkup, main
+from tg_tinker.cli import output as out
 from tg_tinker.engine.models import fetch
 
 
@@ -66,6 +68,22 @@ def test_models_ls_as_a_table() -> None:
     output = tg_tinker("models", "ls").output
     assert output.startswith("Model")
     assert "tg-tinker/tiny" in output
+
+
+def test_what_names_a_row_is_never_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a terminal the first column can be copied whole; for programs a row is one line, however long."""
+    row = {"id": "tc-" + "0" * 36, "model": "word " * 30}
+    columns = {"id": "Run", "model": "Model"}
+    out.show_rows([row], columns, "table")
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for name, value in (("COLUMNS", "60"), ("LINES", "25"), ("TERM", "dumb")):
+        monkeypatch.setenv(name, value)
+    out.show_rows([row], columns, "table")
+    lines = capsys.readouterr().out.splitlines()
+    assert row["id"] in lines[1]
+    assert len(lines) > 2
+    assert max(map(len, lines)) <= 60
 
 
 def test_fetching_the_tiny_model_needs_nothing() -> None:

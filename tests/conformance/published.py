@@ -26,6 +26,11 @@ def version() -> tuple[int, ...]:
     return tuple(int(part) for part in metadata.version("baseten-loops").split("."))
 
 
+def kinds_saved() -> int:
+    """How many checkpoints a ``save_state`` makes: older clients have runs with a sampler, to which it publishes."""
+    return 2 if version() < (0, 14) else 1
+
+
 def tensor(values: list[Any], dtype: str = "float32") -> TensorData:
     """A tensor of one dimension."""
     return TensorData(data=values, dtype=dtype, shape=[len(values)])

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from fixtures.programs import BATCH, LOOPS_RANK, MODEL, datum, tg_config
 
 from tg_tinker import (
+    AdamParams,
     Datum,
     InvalidRequestError,
     ModelInput,
+    OperationFailedError,
     ResourceNotFoundError,
     SamplingClient,
     SamplingParams,
@@ -116,6 +119,8 @@ def test_what_the_model_cannot_take_is_refused(run: TrainingClient, batch: Any, 
         (lambda run: run.save_state("final"), "include_optimizer"),
         (lambda run: run.save_state(metadata=[1]), "metadata"),
         (lambda run: run.save_state(metadata={"x": object()}), "metadata"),
+        (lambda run: run.save_state(metadata={"val": {"loss": [math.nan]}}), "metadata"),
+        (lambda run: run.save_state(metadata={"loss": np.float32(math.inf)}), "metadata"),
         (lambda run: run.load_state(None), "artifact_id"),
         (lambda run: run.load_state(""), "artifact_id"),
     ],
@@ -235,6 +240,18 @@ def test_nan_where_it_counts_is_refused_and_ignored_where_it_does_not(loops_run:
     bad = datum(logprobs=[-1.0] * 5, advantages=[1.0, math.nan, 1.0, 1.0, 1.0])
     with pytest.raises(InvalidRequestError, match=r"data\[1\].*advantages"):
         loops_run.forward([good, bad], "importance_sampling").result(timeout=60)
+
+
+def test_a_run_that_diverged_says_so(service: ServiceClient) -> None:
+    """After an absurd step each pass fails by name, training or not; a fresh adapter makes the run usable again."""
+    run = service.create_lora_training_client(MODEL, 2, seed=1)
+    run.forward_backward([datum()])
+    run.optim_step(AdamParams(learning_rate=1e38)).result(timeout=60)
+    for attempt in (run.forward, run.forward_backward):
+        with pytest.raises(OperationFailedError, match="the loss is not finite"):
+            attempt([datum()]).result(timeout=60)
+    run.init_trainer_server(2)
+    assert run.forward([datum()]).result(timeout=60).loss > 0
 
 
 @pytest.mark.parametrize(

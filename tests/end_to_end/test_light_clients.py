@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from fixtures.programs import LOOPS_RANK, MODEL, datum
 
-from tg_tinker import AdamParams, SamplingClient, SamplingParams, ServiceClient, loops
+from tg_tinker import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient, loops
 from tg_tinker.embedded import server_of
 from tg_tinker.loops import WandbConfig
 
@@ -80,6 +81,21 @@ def test_thirty_clients_made_and_dropped(run: loops.TrainingClient) -> None:
     assert [one() for one in seen] == [None] * MANY
     assert threads() <= before
     assert len(sockets()) <= count + 2
+
+
+def test_a_client_says_how_to_get_another_elsewhere(
+    service: ServiceClient, tc: TrainingClient, run: loops.TrainingClient
+) -> None:
+    """No client can be pickled; the error names the call that makes its like in another process."""
+    advice = {
+        service: "make one over there",
+        tc: r"service\.get_training_client\(id\)",
+        run: r"service\.attach\(run_id\)",
+        made(run): r"service\.create_sampling_client\(model_path=",
+    }
+    for client, call in advice.items():
+        with pytest.raises(TypeError, match=call):
+            pickle.dumps(client)
 
 
 def test_thirty_services_made_and_closed(home: Path, service: ServiceClient) -> None:

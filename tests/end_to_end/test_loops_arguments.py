@@ -31,8 +31,10 @@ SIGNATURES: dict[str, dict[str, Any]] = {
         "timeout": None, "ready_timeout": None, "sampler_timeout": None, "wandb_config": None, "with_sampler": False,
         "name": None, "sampler_num_replicas": None, "scope": None, "dp_config": None, "tracker": None,
     },
-    "create_training_client_from_state": {"path": inspect.Parameter.empty, "replicas": 1},
-    "create_training_client_from_state_with_optimizer": {"path": inspect.Parameter.empty, "replicas": 1},
+    "create_training_client_from_state": {"path": inspect.Parameter.empty, "user_metadata": None, "replicas": 1},
+    "create_training_client_from_state_with_optimizer": {
+        "path": inspect.Parameter.empty, "user_metadata": None, "replicas": 1,
+    },
     "create_sampling_client": {
         "base_model": None, "timeout": None, "ready_timeout": None, "model_path": None, "max_seq_len": None,
         "num_replicas": None, "scope": None,
@@ -192,7 +194,7 @@ async def test_the_awaitable_creators_take_them_too(home: Path) -> None:
             base_model=MODEL, rank=LOOPS_RANK, timeout=60.0, ready_timeout=120.0, with_sampler=True, scope="default"
         )
         path = (await (await run.save_state_async("a"))).path
-        again = await service.create_training_client_from_state_async(path, replicas=1)
+        again = await service.create_training_client_from_state_async(path, {"kept": "nowhere"}, replicas=1)
         assert again.get_info().lora_rank == LOOPS_RANK
         errors: list[type[TGTinkerError]] = [FutureTimeoutError, InvalidRequestError]
         for error, limit in zip(errors, (0.0001, 0.0), strict=True):

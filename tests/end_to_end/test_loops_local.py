@@ -116,6 +116,19 @@ async def test_a_published_worker(worker: Worker) -> None:
     assert worker.asked.count("/init_trainer_server") == 1
 
 
+async def test_every_sample_of_a_pinned_client_says_so(worker: Worker) -> None:
+    """Samples and scores carry the version in ``X-Min-Policy-Version``; those of a base model insist on nothing."""
+    async with loops.ServiceClient.local(trainer_url=worker.url, sampler_url=worker.url) as client:
+        run = await client.attach_async()
+        for _ in range(2):
+            sampler = await run.save_weights_and_get_sampling_client_async("pinned")
+            await sampler.sample_async([72], 1, SHORT)
+            await sampler.compute_logprobs_async([72, 73])
+        await (await client.create_sampling_client_async(MODEL)).sample_async([72], 1, SHORT)
+        version = sampler.min_policy_version or 0
+    assert worker.pins == [str(version - 1)] * 2 + [str(version)] * 2 + [None]
+
+
 async def test_a_worker_s_run_may_be_named(worker: Worker, trainer: loops.TrainingClient) -> None:
     """``run_id`` goes into checkpoint URIs, so what another client of the worker saved is found again."""
     path = (await (await trainer.save_state_async("kept"))).path

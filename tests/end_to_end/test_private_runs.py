@@ -39,6 +39,18 @@ def test_a_private_run_trains_to_its_budget(service: ServiceClient) -> None:
     assert report.total_epsilon == pytest.approx(spent[-1])
 
 
+def test_a_doubtful_promise_is_warned_of(service: ServiceClient, caplog: pytest.LogCaptureFixture) -> None:
+    """A weak δ, and a rate that the batch size belies, are told when the run is made and in its report."""
+    doubtful = DPConfig(target_delta=1e-2, dataset_size=100, sample_rate=0.5, expected_batch_size=2)
+    with caplog.at_level("WARNING", logger="tg_tinker.service"):
+        tc = service.create_training_client(tg_config(dp_config=doubtful))
+    assert all(word in caplog.text for word in (tc.id, "target_delta", "sample_rate"))
+    assert len(tc.get_privacy_report().warnings) == 2
+    caplog.clear()
+    sound = service.create_training_client(tg_config(dp_config=DPConfig(dataset_size=100, target_delta=1e-4)))
+    assert (caplog.text, sound.get_privacy_report().warnings) == ("", ())
+
+
 def test_the_loops_surface_is_private_too(service: ServiceClient) -> None:
     """A Loops run takes the same configuration, as a dict as well, and reports its epsilon with each step."""
     run = service.create_lora_training_client(

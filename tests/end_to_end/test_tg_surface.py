@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import attrs
 import pytest
 from fixtures.programs import BATCH, MODEL, tg_config
 
@@ -14,6 +15,7 @@ from tg_tinker import (
     InvalidRequestError,
     LoRAConfig,
     ResourceNotFoundError,
+    SamplingConfig,
     ServiceClient,
     TrainingClient,
     TrainingConfig,
@@ -190,6 +192,18 @@ def test_a_saved_state_resumes_bit_for_bit(service: ServiceClient) -> None:
     assert saved.size_bytes > 0
 
 
+def test_kept_sampling_settings_act(tc: TrainingClient) -> None:
+    """Every field of a SamplingConfig reaches the sample that its dict is given to."""
+    greedy = SamplingConfig(max_tokens=6, temperature=0.0)
+    (plain,) = tc.sample("Hello", **greedy.to_dict()).samples
+    assert plain == attrs.evolve(tc.sample("Hello", 6, 0.0).samples[0], latency_ms=plain.latency_ms)
+    warm = SamplingConfig(max_tokens=12, temperature=1.5, top_p=0.5, top_k=7, stop_sequences=["e"])
+    named = {"max_tokens": 12, "temperature": 1.5, "top_p": 0.5, "top_k": 7, "stop_sequences": ["e"]}
+    assert warm.to_dict() == named
+    (one,), (other,) = tc.sample("Hello", **warm.to_dict(), seed=3).samples, tc.sample("Hello", **named, seed=3).samples
+    assert (one.token_ids, one.finish_reason) == (other.token_ids, other.finish_reason)
+
+
 def test_an_artifact_can_be_pulled(service: ServiceClient, tc: TrainingClient, tmp_path: Path) -> None:
     """The sealed bytes of an artifact are returned and written, with the manifest that opens them before them."""
     saved = tc.save_state(include_optimizer=False)
@@ -197,6 +211,9 @@ def test_an_artifact_can_be_pulled(service: ServiceClient, tc: TrainingClient, t
     assert content.startswith(b"tg-artifact/1")
     assert len(content) > saved.size_bytes
     assert (tmp_path / "state.bin").read_bytes() == content
+    with pytest.raises(InvalidRequestError) as caught:
+        service.pull_artifact(saved.artifact_id, tmp_path / "absent" / "state.bin")
+    assert caught.value.field == "destination"
 
 
 def test_runs_are_listed_attached_and_deleted(service: ServiceClient) -> None:

@@ -81,7 +81,7 @@ EVERYWHERE = torch.ones(6, dtype=torch.bool)
 def gradient(name: str, config: dict[str, float], inputs: dict[str, Tensor] = INPUTS) -> Tensor:
     """The gradient of a loss in its target logprobs; bounds that the API refuses (infinity) are allowed here."""
     x = X.clone().requires_grad_()
-    evaluate(LOSSES[name], x, inputs, {**LOSSES[name].config_defaults, **config}, EVERYWHERE).sum().backward()
+    evaluate(LOSSES[name], x, inputs, {**LOSSES[name].spec.defaults, **config}, EVERYWHERE).sum().backward()
     return x.grad
 
 
@@ -179,7 +179,7 @@ def test_the_registry_is_the_table_that_clients_check_by() -> None:
         assert loss.spec is SPECS[name]
         assert "." in (loss.fn.__doc__ or "")
     assert LOSSES["ppo"].required_inputs == ("logprobs", "advantages")
-    assert LOSSES["ppo"].config_defaults == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert LOSSES["ppo"].spec.defaults == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
 
 
 @pytest.mark.parametrize(

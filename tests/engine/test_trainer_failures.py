@@ -120,6 +120,22 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_adapter() -> None:
     assert run.optim_step(ADAM).step == 1
 
 
+@pytest.mark.parametrize("operation", ["forward_backward", "forward"])
+def test_a_loss_that_is_not_finite_is_an_error(operation: str) -> None:
+    """A run that diverged says so in its next pass, which adds nothing; with sound weights it goes on."""
+    run = trainer(micro_batch_tokens=16)
+    before = run.state()
+    with torch.no_grad():
+        run.adapter.parameters()[3].fill_(float("inf"))
+    with pytest.raises(OperationFailedError, match="the loss is not finite") as caught:
+        drive(getattr(run, operation)(random_rows(10, 10)))
+    assert caught.value.operation == operation
+    assert not gradients(run)
+    run.load(before, with_optimizer=True)
+    drive(run.forward_backward(random_rows(5)))
+    assert run.optim_step(ADAM).step == 1
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "text"),
     [

@@ -120,6 +120,31 @@ def test_dpo_is_a_mean_over_pairs_that_stay_together() -> None:
     assert together.loss == pytest.approx(np.mean([each.loss for each in apart]), rel=1e-5)
 
 
+def test_pairs_have_temperatures_too() -> None:
+    """The logprobs of dpo are those of the scaled distribution, in value and gradient, as for any likelihood."""
+    rows = random_rows(12, 9, inputs=PAIRS)
+    hot = [
+        attrs.evolve(row, inputs={**row.inputs, "temperatures": np.linspace(0.5, 2.0, len(row.tokens))}) for row in rows
+    ]
+    output, found = run_once(hot, "dpo")
+    bare = [attrs.evolve(row, inputs={"temperatures": row.inputs["temperatures"]}) for row in hot]
+    expected = drive(trainer().forward(bare)).logprobs
+    for one, other in zip(output.logprobs, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    gains = [
+        float((row.inputs["weights"] * (x - row.inputs["ref_logprobs"]))[:-1].sum())
+        for row, x in zip(rows, expected, strict=True)
+    ]
+    pull = 0.1 / (1.0 + np.exp(0.1 * (gains[0] - gains[1])))
+    signed = [
+        attrs.evolve(row, inputs={**row.inputs, "weights": sign * pull * row.inputs["weights"]})
+        for sign, row in zip((1.0, -1.0), hot, strict=True)
+    ]
+    _, likelihood = run_once(signed)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, likelihood[name], atol=1e-4, rtol=1e-3)
+
+
 def test_a_fully_masked_request_is_no_failure() -> None:
     """Rows without any target give loss 0 and a zero gradient, which can be stepped with."""
     run = trainer()

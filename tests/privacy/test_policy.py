@@ -80,6 +80,14 @@ def test_a_weak_delta_is_warned_of() -> None:
     assert not settings(dataset_size=1000, target_delta=1e-4).warnings
 
 
+def test_a_rate_that_the_batch_size_belies_is_warned_of() -> None:
+    """Rate, data and batch that do not fit by an example or more bring a warning; rounding does not."""
+    assert "draws 32 a step" in settings(batch=8, dataset_size=64, sample_rate=0.5).warnings[0]
+    assert settings(batch=8, dataset_size=1000, sample_rate=1e-6).warnings
+    assert not settings(batch=6, dataset_size=64, sample_rate=0.1).warnings
+    assert not settings(batch=8, sample_rate=0.1).warnings
+
+
 # releases
 
 

@@ -82,7 +82,7 @@ async def test_denied_access_leaves_a_trace(client):
 
 
 async def test_entries_are_filtered_by_time_and_paged(client):
-    """start_time, end_time, limit and offset cut the chain; a malformed time is refused."""
+    """start_time, end_time, limit and offset cut the chain; a malformed time, or a limit out of range, is refused."""
     run = await client.create(MODEL)
     await client.run(f"{run}/forward_backward", {"batch": BATCH})
     whole = entries_of(await client.get("/v1/audit_logs"))
@@ -92,6 +92,9 @@ async def test_entries_are_filtered_by_time_and_paged(client):
     assert (await client.get("/v1/audit_logs?end_time=2000-01-01T00:00:00Z")).json == []
     assert len((await client.get("/v1/audit_logs?start_time=2000-01-01T00:00:00Z")).json) == 3
     assert (await client.get("/v1/audit_logs?start_time=yesterday")).status == 422
+    for limit in (0, 1001):
+        refused = await client.get(f"/v1/audit_logs?limit={limit}")
+        assert (refused.status, refused.error["details"]["field"]) == (422, "limit")
 
 
 @contextlib.asynccontextmanager

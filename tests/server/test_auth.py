@@ -11,7 +11,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.auth import PUBLIC, new_key
 from tg_tinker.server.middleware import ROOMS
 
-PUBLIC_ON_PURPOSE = {"/healthz", "/readyz", "/v1/health", "/v1/loops/files/{token}/{name}"}
+PUBLIC_ON_PURPOSE = {"/healthz", "/readyz", "/v1/health", "/api/v1/health", "/v1/loops/files/{token}/{name}"}
 
 
 def routes(client: Client) -> list[tuple[str, str]]:
@@ -21,7 +21,7 @@ def routes(client: Client) -> list[tuple[str, str]]:
 
 
 async def test_every_route_needs_a_key_but_those_listed(client):
-    """No route answers a request without a key, nor one with a wrong key, except the four that are public."""
+    """No route answers a request without a key, nor one with a wrong key, except the five that are public."""
     assert len(routes(client)) > 40
     assert PUBLIC == PUBLIC_ON_PURPOSE
     for method, path in routes(client):

@@ -34,6 +34,8 @@ async def test_checkpoints_are_listed_and_their_files_fetched(real, tmp_path):
     assert len((await real.get(f"/v1/loops/checkpoints?base_model={TINY}")).json["checkpoints"]) == 2
     assert (await real.get("/v1/loops/checkpoints")).status == 422
     assert (await real.post("/v1/loops/checkpoints/validate", {"checkpoint_path": path})).json == {}
+    state = {"checkpoint_path": f"bt://loops:{run_id}/weights/s"}
+    assert "does not serve sampling" in (await real.post("/v1/loops/checkpoints/validate", state)).error["message"]
     assert (await real.get(f"/v1/loops/checkpoints/{by_path['id']}/source")).json == {"source": {"kind": "s3"}}
 
     page = (await real.get(f"/v1/loops/checkpoints/{by_path['id']}/files?page_size=1")).json

@@ -193,6 +193,28 @@ async def test_a_run_is_made_together_with_its_sampler(client):
     assert answer.headers["x-trainers-policy-version"] == "1"
 
 
+async def test_a_run_with_its_sampler_publishes_what_it_saves(client):
+    """A state saved by a run that was made together with its sampler is served as the next version."""
+    run = (await client.post("/v1/loops/runs", {"base_model": MODEL, "lora_rank": 4})).json["run"]
+    await client.operate(f"/loops/trainers/{run['id']}", "save_state", {"name": "s"})
+    served = await client.get(f"/loops/samplers/{run['sampler']['id']}/trainers_policy_version")
+    assert served.json == {"policy_version": 1}
+
+
+async def test_a_sample_that_is_tried_again_draws_the_same(client, engine):
+    """A retry has the seeds of the first try; other requests have their own, and a seed that is named is kept."""
+    _, sampler = await client.trainer(MODEL)
+    body = {"prompt": [1], "n": 2, "max_tokens": 1}
+    for key in ("a", "a", "b", None, None):
+        await client.post(f"{sampler}/sample", body, **({} if key is None else {"Idempotency_Key": key}))
+    await client.post(f"{sampler}/sample", {**body, "seed": 7}, Idempotency_Key="a")
+    seeds = [request.seed for request in engine.requests]
+    pairs = list(zip(seeds[0::2], seeds[1::2], strict=True))
+    assert pairs[0] == pairs[1]
+    assert len(set(seeds)) == 10
+    assert pairs[-1][0] == 7
+
+
 async def test_a_deactivated_run_is_gone(client, engine):
     """What it still had to do is cancelled, its trainer and its sampler are not found; its checkpoints stay."""
     trainer, sampler = await client.trainer(MODEL)
@@ -242,6 +264,8 @@ async def test_a_run_starts_from_a_saved_state(client):
     published = (await client.operate(trainer, "save_weights_for_sampler", {"name": "p"}))["result"]["path"]
     outcome = await client.operate(trainer, "load_state", {"path": published})
     assert "serves sampling" in outcome["error"]
+    refused = await client.post("/v1/loops/samplers", {"model_path": path})
+    assert "does not serve sampling" in refused.error["message"]
 
 
 async def test_saving_and_loading_keep_their_order(client):

@@ -122,6 +122,30 @@ async def test_the_ledger_is_never_rolled_back(real):
     assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 2
 
 
+async def test_a_private_run_resumes_exactly_in_itself_alone(real):
+    """Loaded into its own run a step repeats itself to the bit; elsewhere the noise differs, and it says so."""
+    run = await make(real)
+    saved = (await real.post(f"{run}/save_state")).json["artifact_id"]
+    others = {
+        "noise of its own": await make(real),
+        "configured differently": await make(real, dp_config={"noise_multiplier": 2.0}),
+        "the other has not": await real.create(TINY, seed=1, lora_config={"rank": 4, "dropout": 0.0}),
+    }
+
+    async def step(path: str) -> float:
+        await real.run(f"{path}/forward_backward", batch(10))
+        return (await real.run(f"{path}/optim_step"))["result"]["grad_norm"]
+
+    first = await step(run)
+    assert (await real.post(f"{run}/load_state", {"artifact_id": saved})).json["exact"] is True
+    assert await step(run) == first
+    for reason, other in others.items():
+        loaded = (await real.post(f"{other}/load_state", {"artifact_id": saved})).json
+        assert (loaded["exact"], len(loaded["reasons"])) == (False, 1)
+        assert reason in loaded["reasons"][0]
+        assert await step(other) != first
+
+
 async def test_the_ledger_outlives_the_server(serve, tmp_path):
     """After a restart a client made from the checkpoint has spent what its weights had, and goes on from there."""
     engine = TorchEngine(home=tmp_path, threads=1)

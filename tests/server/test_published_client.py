@@ -183,6 +183,7 @@ REFUSED = [
     ("trainer", "forward_backward", {**PASS, "loss_fn": "ppo"}),
     ("trainer", "forward_backward", {"data": []}),
     ("trainer", "forward", {**PASS, "top_k_logprobs": 5}),
+    ("trainer", "forward", {"data": [{**PASS["data"][0], "routed_experts_ref": {"uri": "bt://r", "version": 1}}]}),
     ("trainer", "init_trainer_server", {"lora_rank": 0}),
     ("trainer", "optim_step", {"adam_params": {"learning_rate": -1.0}}),
     ("trainer", "save_state", {"name": "../up"}),

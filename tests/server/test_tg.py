@@ -7,6 +7,7 @@ import pytest
 from fixtures.fake_engine import MODEL
 from fixtures.server_client import BATCH, KEY
 
+from tg_tinker import ServiceClient
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.wire import digest, frames
 
@@ -25,6 +26,8 @@ async def test_a_client_is_created_listed_shown_and_limited(client):
     assert [one["config"]["max_steps"] for one in listed] == [None, 1]
     assert len((await client.get("/v1/training_clients?limit=1")).json) == 1
     assert (await client.get("/v1/training_clients?status=completed")).json == []
+    refused = await client.get("/v1/training_clients?status=ready")
+    assert (refused.status, refused.error["details"]["field"]) == (422, "status")
 
 
 async def test_every_result_field_is_there(client):
@@ -245,6 +248,31 @@ async def test_a_sample_that_runs_can_be_cancelled(client, engine):
     assert (await client.post(f"{future}/cancel")).json == {"success": True}
     assert (await client.result(future))["status"] == "cancelled"
     assert not engine.samplers[0].busy
+
+
+async def test_a_sample_that_is_waited_for_and_cancelled_answers_409(client, engine):
+    """Who waits for the result itself is told of the cancellation by status and code."""
+    run = await client.create(MODEL)
+    engine.tick_seconds = 0.02
+    waiting = asyncio.create_task(client.post(f"{run}/sample", {"prompts": "a", "max_tokens": 400}))
+    async with asyncio.timeout(10):
+        while not (futures := (await client.get("/v1/futures?status=running")).json):
+            await asyncio.sleep(0.01)
+    await client.post(f"/v1/futures/{futures[0]['future_id']}/cancel")
+    answer = await waiting
+    assert (answer.status, answer.error["code"]) == (409, "FUTURE_CANCELLED")
+
+
+async def test_the_wire_is_below_api_as_well(client):
+    """Both prefixes lead to the same runs and futures, for plain HTTP and for our own client."""
+    run = await client.create(MODEL)
+    future = await client.submit(f"/api{run}/forward_backward", {"batch": BATCH})
+    assert (await client.result(future))["status"] == (await client.result(f"/api{future}"))["status"] == "completed"
+    async with ServiceClient(KEY, str(client.server.make_url("/api"))) as service:
+        tc = await service.get_training_client_async(run.rpartition("/")[2])
+        assert (await tc.sample_async("a", 2, seed=1)).samples[0].num_tokens == 2
+        assert [chunk async for chunk in tc.sample_stream_async("a", 2, seed=1)]
+        assert (await service.verify_audit_log_async()).ok
 
 
 async def test_a_stream_that_is_asked_for_again_streams_again(client):

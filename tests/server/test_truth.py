@@ -80,6 +80,21 @@ async def test_without_the_optimizer_it_says_that_it_is_not_exact(real):
     assert "without the optimizer" in loaded["reasons"][0]
 
 
+async def test_another_end_of_the_schedule_is_named(real):
+    """A learning rate that falls over another number of steps is no exact resumption; a constant one asks for none."""
+    falling = {"optimizer": {"lr_scheduler": "linear"}}
+    for optimizer, exact in ((falling, False), ({}, True)):
+        run = await make(real, **optimizer, max_steps=5)
+        saved = (await real.post(f"{run}/save_state")).json["artifact_id"]
+        longer = await make(real, **optimizer, max_steps=50)
+        assert (await real.post(f"{run}/load_state", {"artifact_id": saved})).json["exact"] is True
+        loaded = (await real.post(f"{longer}/load_state", {"artifact_id": saved})).json
+        assert (loaded["exact"], ["50 steps here, over 5" in reason for reason in loaded["reasons"]]) == (
+            exact,
+            [] if exact else [True],
+        )
+
+
 async def test_a_stream_says_what_sample_says(real):
     """At one seed, sample and sample_stream give the same text, tokens and reason; each seed its own."""
     run = await make(real)
@@ -95,17 +110,20 @@ async def test_a_stream_says_what_sample_says(real):
     assert other["token_ids"] != sample["token_ids"]
 
 
-async def test_sampled_logprobs_are_the_trainers(real):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_sampled_logprobs_are_the_trainers(real, temperature):
     """Each sampled token's logprob is what forward gives it, 1e-4, after training and publishing."""
     trainer, sampler = await real.trainer(TINY, seed=5)
     await real.operate(trainer, "forward_backward", {"data": [datum(*range(20, 60))]})
     await real.operate(trainer, "optim_step", {"adam_params": {"learning_rate": 0.05}})
     await real.operate(trainer, "save_weights_for_sampler", {"name": "p"})
     prompt = list(b"abc")
-    asked = {"prompt": prompt, "max_tokens": 12, "seed": 3, "prompt_logprobs": 0, "n": 2}
+    asked = {"prompt": prompt, "max_tokens": 12, "temperature": temperature, "seed": 3, "prompt_logprobs": 0, "n": 2}
     choices = (await real.post(f"{sampler}/sample", asked, X_Min_Policy_Version="1")).json["choices"]
     tokens = prompt + choices[0]["token_ids"]
-    body = {**datum(*tokens[:-1]), "loss_fn_inputs": {"target_tokens": {"data": tokens[1:], "dtype": "int64"}}}
+    heat = [1.0] * (len(prompt) - 1) + [temperature] * len(choices[0]["token_ids"])  # a prompt is scored at 1
+    inputs = {"target_tokens": {"data": tokens[1:], "dtype": "int64"}, "temperatures": {"data": heat}}
+    body = {**datum(*tokens[:-1]), "loss_fn_inputs": inputs}
     forward = (await real.operate(trainer, "forward", {"data": [body]}))["result"]
     logprobs = forward["loss_fn_outputs"][0]["logprobs"]["data"]
     assert np.allclose(choices[0]["logprobs"]["token_logprobs"], logprobs[len(prompt) - 1 :], atol=1e-4)

@@ -11,6 +11,7 @@ import attrs
 import pytest
 from sqlalchemy import delete, update
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.audit import AuditEvent, AuditLog, HeadSigner
 from tg_tinker.store.database import Database, sqlite_url
 from tg_tinker.store.tables import audit
@@ -235,6 +236,22 @@ async def test_a_head_of_another_key_is_refused(log: AuditLog, tmp_path: Path) -
     assert verify_audit_log(entries, tenant_id="acme", heads=[head]).ok
     pinned = (await log.head("acme")).public_key
     assert not verify_audit_log(entries, tenant_id="acme", heads=[head], public_key=pinned).ok
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"entries": None}, "entries"),
+        ({"entries": "log"}, "entries[0]"),
+        ({"entries": [], "tenant_id": 5}, "tenant_id"),
+        ({"entries": [], "heads": [3]}, "heads[0]"),
+    ],
+)
+def test_what_is_no_log_is_refused(arguments: dict[str, Any], field: str) -> None:
+    """Whatever is no entry and no head is named: it is neither a sound log nor one that was tampered with."""
+    with pytest.raises(InvalidRequestError) as caught:
+        verify_audit_log(**{"tenant_id": "acme", **arguments})
+    assert caught.value.field == field
 
 
 async def test_the_signing_key_is_kept(tmp_path: Path) -> None:

@@ -34,6 +34,9 @@ async def service(client: tg_tinker.ServiceClient) -> None:
     assert_type(client.create_training_client_from_state("p"), loops.TrainingClient)
     assert_type(await client.create_training_client_from_state_with_optimizer_async("p"), loops.TrainingClient)
     assert_type(client.attach("run-1"), loops.TrainingClient)
+    client.deactivate_run("run-1")
+    with client.attach("run-1") as run:
+        assert_type(run, loops.TrainingClient)
     assert_type(loops.ServiceClient.local(trainer_url="u").attach(), loops.TrainingClient)
     assert_type(client.download_checkpoint("c", dest_dir="d"), loops.CheckpointDownload)
     assert_type(client.create_sampling_client("m"), loops.SamplingClient)

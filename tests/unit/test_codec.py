@@ -195,6 +195,18 @@ def test_unknown_fields_are_ignored_but_not_in_configs() -> None:
             {"data": [{"model_input": {"chunks": [{"type": "image", "tokens": [1]}]}}]},
             "data[0].model_input.chunks[0].type",
         ),
+        (
+            loops_wire.PassRequest,
+            {
+                "data": [
+                    {
+                        "model_input": {"chunks": [{"tokens": [1]}]},
+                        "routed_experts_ref": {"uri": "bt://loops:run/sequences/s", "version": 1},
+                    }
+                ]
+            },
+            "data[0].routed_experts_ref",
+        ),
     ],
     ids=str,
 )

@@ -147,6 +147,47 @@ def test_a_decaying_schedule_needs_an_end(schedule: str) -> None:
     assert TrainingConfig(model_ref="m", max_steps=3, optimizer={"lr_scheduler": schedule}).max_steps == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("adamw", "momentum", 0.5),
+        ("adam", "momentum", 0.5),
+        ("adafactor", "momentum", 0.5),
+        ("adafactor", "betas", (0.8, 0.9)),
+        ("adafactor", "eps", 1e-6),
+        ("sgd", "betas", (0.8, 0.9)),
+        ("sgd", "eps", 1e-6),
+    ],
+)
+def test_what_the_optimizer_does_not_read_is_refused(name: str, field: str, value: Any) -> None:
+    """A field that the chosen optimizer has no use for is an error, not a setting without effect."""
+    with pytest.raises(InvalidRequestError, match=f"{name} does not") as caught:
+        OptimizerConfig(name=name, **{field: value})
+    assert caught.value.field == field
+    reader = "sgd" if field == "momentum" else "adam"
+    assert getattr(OptimizerConfig(name=reader, **{field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("schedule", "settings", "field"),
+    [
+        ("constant", {"num_cycles": 2}, "optimizer.lr_scheduler_kwargs"),
+        ("linear", {"power": 2}, "optimizer.lr_scheduler_kwargs"),
+        ("cosine", {"num_cycle": 2}, "optimizer.lr_scheduler_kwargs"),
+        ("cosine", {"num_cycles": -1}, "optimizer.lr_scheduler_kwargs.num_cycles"),
+        ("cosine_with_restarts", {"num_cycles": "3"}, "optimizer.lr_scheduler_kwargs.num_cycles"),
+        ("cosine_with_restarts", {"num_cycles": float("nan")}, "optimizer.lr_scheduler_kwargs.num_cycles"),
+    ],
+)
+def test_a_schedule_s_settings_are_checked_with_it(schedule: str, settings: dict[str, Any], field: str) -> None:
+    """What a schedule does not know, or cannot use, is refused when the config is made, by the name it was given."""
+    optimizer = {"lr_scheduler": schedule, "lr_scheduler_kwargs": settings}
+    with pytest.raises(InvalidRequestError) as caught:
+        TrainingConfig.from_dict({"model_ref": "m", "max_steps": 9, "optimizer": optimizer})
+    assert caught.value.field == field
+    assert OptimizerConfig(lr_scheduler="cosine", lr_scheduler_kwargs={"num_cycles": 2}).lr_scheduler_kwargs
+
+
 def test_a_missing_model_is_named() -> None:
     """A config without its one required field says which one it is."""
     with pytest.raises(InvalidRequestError) as caught:

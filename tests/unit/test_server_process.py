@@ -13,7 +13,7 @@ from fixtures.children import DIES, LISTENS, SILENT, STUBBORN, stand_in
 
 from tg_tinker.embedded import process as server_process
 from tg_tinker.embedded.process import ServerProcess
-from tg_tinker.errors import ServerRestartedError, ServerUnreachableError
+from tg_tinker.errors import InvalidRequestError, ServerRestartedError, ServerUnreachableError
 
 Start = Callable[[str], ServerProcess]
 PATIENCE = 30.0  # seconds that a program may take to start on a busy machine
@@ -141,6 +141,14 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(monkeypatch:
         ServerUnreachableError, match=r"needs torch: pip install 'tg-tinker\[server\]', or give the base_url"
     ):
         server_process.require_server_extra()
+
+
+def test_a_home_that_is_no_folder_is_refused(tmp_path: Path) -> None:
+    """A file in the place of the home is an error that names the setting, and nothing is started."""
+    (tmp_path / "file").touch()
+    with pytest.raises(InvalidRequestError, match="Not a directory") as caught:
+        ServerProcess(tmp_path / "file", report=lambda *_: None)
+    assert caught.value.field == "home"
 
 
 def test_old_logs_are_tidied_away(start: Start, tmp_path: Path) -> None:

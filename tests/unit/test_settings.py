@@ -74,6 +74,8 @@ def test_a_key_or_tenant_without_a_url_names_the_choice(field: str, monkeypatch:
         ({"base_url": "http://host?x=1"}, "base_url"),
         ({"base_url": 3}, "base_url"),
         ({"api_key": ""}, "api_key"),
+        ({"api_key": "one\ntwo", "base_url": "http://host"}, "api_key"),
+        ({"tenant_id": "one\ud800", "base_url": "http://host"}, "tenant_id"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": "soon"}, "timeout"),
         ({"timeout": None}, "timeout"),

@@ -22,6 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 JSON = "json"
+_UNBROKEN = 10_000  # columns: what grep and its kind read is one line a row
 
 
 def talk() -> Console:
@@ -29,9 +30,9 @@ def talk() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def human() -> Console:
-    """Give the console for what a person asked to see: standard output."""
-    return Console(highlight=False)
+def human(width: int | None = None) -> Console:
+    """Give the console for what a person asked to see: standard output, as wide as the terminal unless told."""
+    return Console(highlight=False, width=width)
 
 
 def format_option(function: Callable[P, R]) -> Callable[P, R]:
@@ -48,16 +49,19 @@ def format_option(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], output: str) -> None:
-    """Print rows: as a JSON list with every field, or as a table of the named columns (field -> heading)."""
+    """Print rows: as a JSON list with every field, or as a table of the named columns (field -> heading).
+
+    The first column names the row and is never broken, so that it can be copied; for programs no line is.
+    """
     if output == JSON:
         click.echo(json.dumps(list(rows), indent=2, default=str))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in columns.values():
-        table.add_column(heading, overflow="fold")
+    for number, heading in enumerate(columns.values()):
+        table.add_column(heading, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(_cell(row.get(field))) for field in columns))
-    human().print(table)
+    human(None if sys.stdout.isatty() else _UNBROKEN).print(table)
 
 
 def show_one(fields: Mapping[str, Any], output: str) -> None:

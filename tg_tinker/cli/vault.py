@@ -151,7 +151,7 @@ def _keys(place: Path, tenant: str) -> KeyProvider:
         if keys.holds(tenant):
             return keys
     message = (
-        f"{place} holds no key of tenant {tenant}: name the --home whose server sealed it, "
+        f"{place} holds no key of tenant {tenant}: name the --tenant, or the --home whose server sealed it, "
         "or give --key a file that `tg-tinker artifacts export-key` wrote there"
     )
     raise ResourceNotFoundError(message, resource_type="key", resource_id=tenant)

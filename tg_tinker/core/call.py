@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 
 import attrs
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.failure import Failure
 from tg_tinker.threads.caller import called_at, user_site
 from tg_tinker.wire import codec
@@ -140,11 +141,17 @@ def call(
 
     ``base`` is what its path is relative to, ``parts`` fill the path in, ``query`` leaves out what is None.
     """
-    asked = urlencode({name: value for name, value in (query or {}).items() if value is not None})
+    try:
+        encoded = None if body is None else codec.dumps(body)
+        asked = urlencode({name: value for name, value in (query or {}).items() if value is not None})
+        path = route.url(**(parts or {}))
+    except (TypeError, UnicodeEncodeError) as error:  # half a surrogate pair, an integer of more than 64 bits
+        message = f"{route.operation}: the request cannot be written: {error}"
+        raise InvalidRequestError(message, constraint="text in UTF-8, integers of 64 bits") from error
     return Call(
         route=route,
-        path=f"{base}{route.url(**(parts or {}))}{'?' if asked else ''}{asked}",
-        body=None if body is None else codec.dumps(body),
+        path=f"{base}{path}{'?' if asked else ''}{asked}",
+        body=encoded,
         decode=decode or partial(codec.decode, route.returns),
         **options,
     )

@@ -21,7 +21,7 @@ from pathlib import Path
 from time import monotonic, time
 from urllib.parse import urlsplit
 
-from tg_tinker.errors import ServerRestartedError, ServerUnreachableError
+from tg_tinker.errors import InvalidRequestError, ServerRestartedError, ServerUnreachableError
 from tg_tinker.threads.latch import Latch
 
 __all__ = ["KEY_VARIABLE", "ServerProcess", "require_server_extra"]
@@ -165,8 +165,15 @@ def _command(home: Path, parent: int) -> list[str]:
 
 
 def _new_log(folder: Path) -> Path:
-    """A file for the log of a new server; of older ones the newest few are kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """A file for the log of a new server; of older ones the newest few are kept.
+
+    Raises ``InvalidRequestError`` where the home is no folder that could be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"home: nothing can be kept in {folder.parent}: {error.strerror}"
+        raise InvalidRequestError(message, field="home", constraint="a folder that can be written to") from error
     old = sorted(folder.glob("server-*.log"))
     for path in old[: max(0, len(old) - KEPT_LOGS + 1)]:
         with contextlib.suppress(OSError):  # another program may have tidied up, or on Windows still write to it

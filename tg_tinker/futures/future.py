@@ -26,7 +26,7 @@ from tg_tinker.failure import Failure
 from tg_tinker.futures.backing import Backer, Home
 from tg_tinker.futures.outcome import Outcome
 from tg_tinker.threads.latch import Latch
-from tg_tinker.types import arguments
+from tg_tinker.types import arguments, checks
 
 __all__ = ["APIFuture", "FutureHandle", "OperationFuture"]
 
@@ -204,6 +204,8 @@ class OperationFuture(Generic[R]):
     def add_done_callback(self, callback: Callable[[OperationFuture[R]], object]) -> None:
         """Have ``callback(future)`` called on the client's home once the outcome is known; its errors are logged."""
         self._check_process()
+        if not callable(callback):
+            raise checks.refuse("callback", "a function of one future", callback)
         if self._outcome.call_when_settled(partial(self._call_back, callback)):
             self._wake()
         else:

@@ -10,6 +10,7 @@ from tg_tinker.core.call import Flow
 from tg_tinker.core.run import RunCore
 from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import download, plane
+from tg_tinker.loops.closing import Closing
 from tg_tinker.loops.download import Told
 from tg_tinker.types import arguments
 from tg_tinker.types.loops_results import Checkpoint, CheckpointDownload, CheckpointFilesResponse
@@ -18,17 +19,12 @@ from tg_tinker.wire import loops
 __all__ = ["RunCheckpoints"]
 
 
-class RunCheckpoints:
+class RunCheckpoints(Closing):
     """The part of a ``TrainingClient`` that needs no trainer, only its run's id."""
 
     def __init__(self, core: RunCore, run: loops.Run) -> None:
-        self._core = core
+        super().__init__(core)
         self._run = run
-
-    @property
-    def core(self) -> RunCore:
-        """Where its calls go."""
-        return self._core
 
     @property
     def run_id(self) -> str | None:

@@ -54,7 +54,7 @@ async def evaluate(
     data: Sequence[Datum], loss_fn: CustomLoss, kind: str, seen: ForwardBackwardOutput
 ) -> tuple[tuple[Datum, ...], float, dict[str, float]]:
     """Run the caller's loss in a worker thread: the datums to send backward, the loss, its metrics."""
-    logprobs = _logprobs_of(seen, len(data))
+    logprobs = _logprobs_of(seen, data)
     work = _by_torch if kind == "logprobs" else _by_numpy
     loss, gradients, metrics = await asyncio.to_thread(work, data, loss_fn, logprobs)
     weighted = tuple(_weighted(index, datum, gradients[index]) for index, datum in enumerate(data))
@@ -66,11 +66,24 @@ def merged(done: ForwardBackwardOutput, loss: float, metrics: Mapping[str, float
     return attrs.evolve(done, loss=loss, metrics={**done.metrics, "loss": loss, "loss:sum": loss, **metrics})
 
 
-def _logprobs_of(seen: ForwardBackwardOutput, count: int) -> list[NDArray[Any]]:
+def _logprobs_of(seen: ForwardBackwardOutput, data: Sequence[Datum]) -> list[NDArray[Any]]:
+    """What the caller's loss starts from; older trainers say nothing (NaN) where there is no target."""
+    if not seen.metrics.get("skip_token_normalization"):  # such a trainer would divide the caller's gradient by a count
+        raise ServerError("the trainer does not say that it leaves sums undivided", code="BAD_ANSWER")
     found = [outputs["logprobs"].to_numpy() for outputs in seen.loss_fn_outputs if "logprobs" in outputs]
-    if len(found) != count:
-        raise ServerError(f"the forward pass gave logprobs for {len(found)} of {count} datums", code="BAD_ANSWER")
-    return found
+    if len(found) != len(data):
+        raise ServerError(f"the forward pass gave logprobs for {len(found)} of {len(data)} datums", code="BAD_ANSWER")
+    return [_where_counted(datum, values) for datum, values in zip(data, found, strict=True)]
+
+
+def _where_counted(datum: Datum, values: NDArray[Any]) -> NDArray[Any]:
+    """The values of the positions that have a target, 0.0 in place of the others, as float32."""
+    import numpy as np
+
+    counted = datum.loss_fn_inputs[TARGETS].to_numpy() != IGNORED
+    if values.shape != counted.shape:
+        raise ServerError(f"logprobs of shape {values.shape} for targets {counted.shape}", code="BAD_ANSWER")
+    return np.where(counted, values, 0.0).astype(np.float32)
 
 
 def _by_torch(
@@ -114,5 +127,5 @@ def _weighted(index: int, datum: Datum, gradient: NDArray[Any]) -> Datum:
     if not np.isfinite(gradient[counted]).all():
         message = f"data[{index}]: the gradient of loss_fn is not finite"
         raise InvalidRequestError(message, field=f"data[{index}]", constraint="a finite gradient of loss_fn")
-    weights = np.where(counted, -gradient, 0.0).astype(np.float32)
-    return Datum(datum.model_input, {TARGETS: targets, "weights": TensorData.from_numpy(weights)})
+    weights = TensorData.from_numpy(_where_counted(datum, -gradient))
+    return Datum(datum.model_input, {TARGETS: targets, "weights": weights})

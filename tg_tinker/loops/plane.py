@@ -26,6 +26,7 @@ __all__ = [
     "fields",
     "is_ours",
     "pinned_to",
+    "sampler_path",
     "served_version",
     "wait_until_healthy",
 ]
@@ -53,6 +54,14 @@ def checkpoint_path(path: object, field: str = "path") -> str:
     if not isinstance(path, str) or len(parts) != 3 or not all(parts):
         raise checks.refuse(field, f"{PREFIX}<run_id>/weights/<name> (or .../sampler_weights/<name>)", path)
     return path
+
+
+def sampler_path(path: object) -> str:
+    """The URI of a checkpoint that serves sampling; a state holds the optimizer besides, and is for resuming."""
+    checked = checkpoint_path(path, "model_path")
+    if checked.split("/")[-2] != "sampler_weights":
+        raise checks.refuse("model_path", f"{PREFIX}<run_id>/sampler_weights/<name>: a state is to resume from", path)
+    return checked
 
 
 def pinned_to(path: str | None) -> dict[str, str]:

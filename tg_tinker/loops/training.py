@@ -28,6 +28,7 @@ from tg_tinker.loops.waits import Waits
 from tg_tinker.sampling import SamplingClient
 from tg_tinker.tokenizer import Tokenizers
 from tg_tinker.types import arguments, checks, losses
+from tg_tinker.types.arguments import MOST_SECONDS
 from tg_tinker.types.loops import AdamParams, Datum, LossName, datums
 from tg_tinker.types.loops_results import (
     ForwardBackwardOutput,
@@ -260,9 +261,10 @@ class TrainingClient(RunCheckpoints):
     def create_sampling_client(self, model_path: str) -> Flow[SamplingClient]:
         """Return a client of the paired sampler for a ``bt://loops:<run_id>/sampler_weights/<name>`` checkpoint.
 
-        Raises ``ResourceNotFoundError`` where there is no such checkpoint.
+        Raises ``InvalidRequestError`` for a state, which does not serve sampling, ``ResourceNotFoundError`` where there
+        is no such checkpoint.
         """
-        path = plane.checkpoint_path(model_path, "model_path")
+        path = plane.sampler_path(model_path)
         return Flow(operation="create_sampling_client", steps=partial(self._paired.at_checkpoint, path))
 
     create_sampling_client_async = twin(create_sampling_client)
@@ -313,15 +315,6 @@ class TrainingClient(RunCheckpoints):
 
     health_async = twin(health)
 
-    def close(self) -> None:
-        """Refuse further calls, report what was never waited for, finish the tracker; the service stays open."""
-        self._core.home.check_blocking("close()")
-        self._core.home.run(self._core.aclose())
-
-    async def aclose(self) -> None:
-        """Close, from a coroutine."""
-        await self._core.home.hop(self._core.aclose())
-
     # -------------------------------------------------------------------------------------- how it is done
 
     async def open_sampler(self) -> None:
@@ -349,7 +342,7 @@ class TrainingClient(RunCheckpoints):
 
 
 def _ttl(value: object) -> int | None:
-    return None if value is None else arguments.whole("ttl_seconds", value, 1)
+    return None if value is None else arguments.whole("ttl_seconds", value, 1, MOST_SECONDS)
 
 
 def _steps(data: Any) -> int:

@@ -6,7 +6,7 @@ import math
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import arguments, checks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,16 +20,9 @@ class PoissonSampler:
     """
 
     def __init__(self, dataset_size: int, sample_rate: float, rng: Random | None = None) -> None:
-        if dataset_size < 1:
-            raise InvalidRequestError(
-                "dataset_size: expected at least 1", field="dataset_size", constraint="at least 1"
-            )
-        if not 0.0 < sample_rate <= 1.0:
-            constraint = "a number above 0 and at most 1"
-            raise InvalidRequestError(
-                f"sample_rate: expected {constraint}, got {sample_rate!r}", field="sample_rate", constraint=constraint
-            )
-        self._size = dataset_size
+        if not isinstance(sample_rate, int | float) or not 0.0 < sample_rate <= 1.0:
+            raise checks.refuse("sample_rate", "a number above 0 and at most 1", sample_rate)
+        self._size = arguments.whole("dataset_size", dataset_size, 1)
         self._rate = sample_rate
         self._rng = SystemRandom() if rng is None else rng
 

@@ -179,6 +179,7 @@ class RunPrivacy:
             expected_batch_size=settings.expected_batch_size,
             steps=len(self.ledger),
             unit=UNIT,
+            warnings=settings.warnings,
         )
 
     def state(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.privacy.accountant import Mechanism
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tg_tinker.types.config import DPConfig
 
 
@@ -45,7 +47,7 @@ class PrivacySettings:
             accountant=config.accountant_type,
             sample_rate=_sample_rate(config, expected),
             expected_batch_size=expected,
-            warnings=_warnings(config),
+            warnings=tuple(_warnings(config, expected)),
         )
 
     def mechanism(self, *, noise: bool = True) -> Mechanism:
@@ -67,8 +69,15 @@ def _sample_rate(config: DPConfig, expected: int) -> float:
     return expected / config.dataset_size
 
 
-def _warnings(config: DPConfig) -> tuple[str, ...]:
-    if config.dataset_size is not None and config.target_delta >= 1.0 / config.dataset_size:
-        bound = 1.0 / config.dataset_size
-        return (f"target_delta {config.target_delta:g} is not below 1/dataset_size ({bound:g}): too weak a promise",)
-    return ()
+def _warnings(config: DPConfig, expected: int) -> Iterator[str]:
+    if config.dataset_size is None:
+        return
+    bound = 1.0 / config.dataset_size
+    if config.target_delta >= bound:
+        yield f"target_delta {config.target_delta:g} is not below 1/dataset_size ({bound:g}): too weak a promise"
+    drawn = config.dataset_size * (expected / config.dataset_size if config.sample_rate is None else config.sample_rate)
+    if abs(drawn - expected) >= 1.0:
+        yield (
+            f"sample_rate {config.sample_rate:g} of {config.dataset_size} examples draws {drawn:g} a step, "
+            f"expected_batch_size is {expected}: one of the three is not what you mean"
+        )

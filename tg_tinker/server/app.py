@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
+import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import (
@@ -46,9 +47,16 @@ def create_app(
     app.cleanup_ctx.append(parts)
     app.on_shutdown.append(stop)
     app.on_response_prepare.append(add_headers)
-    for wire in (public, tg, futures, records, loops, samplers, loops_control, loops_checkpoints):
+    for wire in (public, tg, futures, records):
+        app.add_routes([*wire.routes(), *_below_api(wire.routes())])
+    for wire in (loops, samplers, loops_control, loops_checkpoints):
         app.add_routes(wire.routes())
     return app
+
+
+def _below_api(routes: Iterable[web.RouteDef]) -> list[web.RouteDef]:
+    """The TG wire once more, where the published server has it: under ``/api/v1``."""
+    return [attrs.evolve(route, path=f"/api{route.path}") for route in routes if route.path.startswith("/v1/")]
 
 
 def _nobody(_: str) -> None:

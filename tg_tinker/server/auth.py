@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tg_tinker.store.rows import ApiKeyRow
 
 #: routes that answer without a key; the last one carries a signature of its own
-PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/v1/loops/files/{token}/{name}"})
+PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/api/v1/health", "/v1/loops/files/{token}/{name}"})
 
 _SCHEMES = ("bearer", "api-key")
 _KEY = re.compile(r"tg_(?P<id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tg_tinker.server.threads import Threads
+from tg_tinker.server.cpu_threads import CpuThreads
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum
 
@@ -73,7 +73,7 @@ class TorchEngine:
     def __init__(self, *, home: Path, device: str = "auto", threads: int | None = None, slots: int = 64) -> None:
         self._home = home
         self._device = device
-        self._threads = Threads(threads)
+        self._threads = CpuThreads(threads)
         self._slots = slots
 
     def warm(self) -> None:
@@ -115,7 +115,7 @@ class TorchEngine:
         return Trainer(base, AdapterSpec(**spec), **options)
 
     def rows(self, examples: BatchData | Sequence[Datum]) -> list[Any]:
-        """Rows as ``engine.batching`` makes them."""
+        """Rows as ``engine.training.batching`` makes them."""
         from tg_tinker.engine.training import batching
 
         return (
@@ -123,19 +123,19 @@ class TorchEngine:
         )
 
     def optimizer(self, **fields: Any) -> OptimizerSettings:
-        """Settings of ``engine.optim``."""
+        """Settings of ``engine.training.optim``."""
         from tg_tinker.engine.training.optim import OptimizerSettings
 
         return OptimizerSettings(**fields)
 
     def generation(self, **fields: Any) -> GenerationRequest:
-        """A request of ``engine.generation``."""
+        """A request of ``engine.sampling.generation``."""
         from tg_tinker.engine.sampling.generation import GenerationRequest
 
         return GenerationRequest(**fields)
 
     def state(self, tensors: Mapping[str, Any], counters: Mapping[str, Any]) -> TrainerState:
-        """A state of ``engine.trainer``."""
+        """A state of ``engine.training.trainer``."""
         from tg_tinker.engine.training.trainer import TrainerState
 
         return TrainerState(tensors=dict(tensors), counters=dict(counters))

@@ -39,16 +39,16 @@ class LoopsService(TrainerService, CheckpointService):
         ``timeout`` bounds the silence on one request, ``ready_timeout`` the creation, in seconds; None is the
         service's own.
 
-        Raises ``InvalidRequestError`` unless exactly one of ``base_model`` and ``model_path`` is given,
-        ``ResourceNotFoundError`` where there is no such model or checkpoint, ``FutureTimeoutError`` where it takes too
-        long.
+        Raises ``InvalidRequestError`` unless exactly one of ``base_model`` and ``model_path`` is given, and for a
+        state's path, ``ResourceNotFoundError`` where there is no such model or checkpoint, ``FutureTimeoutError`` where
+        it takes too long.
         """
         if (base_model is None) == (model_path is None):
             raise checks.refuse("base_model", "exactly one of base_model and model_path", base_model)
         one_replica("num_replicas", 1 if num_replicas is None else num_replicas)
         request = loops.SamplerRequest(
             base_model=arguments.optional_text("base_model", base_model),
-            model_path=None if model_path is None else plane.checkpoint_path(model_path, "model_path"),
+            model_path=None if model_path is None else plane.sampler_path(model_path),
             max_seq_length=None if max_seq_len is None else arguments.whole("max_seq_len", max_seq_len, 1),
             scope=scope_of(scope),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -35,6 +36,7 @@ __all__ = ["TGService"]
 STATUSES = ("active", "completed", "failed")
 FUTURE_STATUSES = ("pending", "running", *tg.ENDED)
 _PAGE = 1000  # audit entries in one answer, at most
+_logger = logging.getLogger("tg_tinker.service")
 
 
 class TGService(ServiceBase):
@@ -56,7 +58,6 @@ class TGService(ServiceBase):
         if checkpoint_id is not None and not (isinstance(checkpoint_id, str) and checkpoint_id):
             raise checks.refuse("checkpoint_id", "the artifact_id of a saved state, or None", checkpoint_id)
         json_object("metadata", checked.metadata)
-        json_object("optimizer.lr_scheduler_kwargs", checked.optimizer.lr_scheduler_kwargs)
         body = {**checked.to_dict(), **({"checkpoint_id": checkpoint_id} if checkpoint_id else {})}
         create = call(tg.CREATE, body, decode=self._view, timeout=self.config.ready_timeout)
         return Flow(operation="create_training_client", steps=partial(self._create, create, checked.model_ref))
@@ -103,6 +104,8 @@ class TGService(ServiceBase):
     def _view(self, data: Any) -> TrainingClient:
         info = codec.decode(TrainingClientInfo, data)
         self._tenant.note(info.tenant_id)
+        for doubt in (info.dp_metrics or {}).get("warnings", ()):
+            _logger.warning("run %s: %s", info.training_client_id, doubt)
         core = RunCore(self.core.service, TGRetrieval(), name=f"run {info.training_client_id}")
         return TrainingClient(core, info, self._tokenizers)
 
@@ -201,6 +204,8 @@ class TGService(ServiceBase):
         )
         if destination is not None and not isinstance(destination, str | os.PathLike):
             raise checks.refuse("destination", "a file to write, or None", destination)
+        if destination is not None and not Path(destination).expanduser().absolute().parent.is_dir():
+            raise checks.refuse("destination", "a file in a folder that is there", destination)
         return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination, progress))
 
     pull_artifact_async = twin(pull_artifact)

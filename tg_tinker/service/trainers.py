@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import attrs
 
 from tg_tinker import settings
-from tg_tinker.core.call import Flow
+from tg_tinker.core.call import Call, Flow, call
 from tg_tinker.faces import blocking, twin
 from tg_tinker.loops import plane
 from tg_tinker.loops.local import LocalPlane
@@ -151,8 +151,14 @@ class TrainerService(ServiceBase):
 
     @blocking
     @suggesting
-    def create_training_client_from_state(self, path: str, replicas: int = 1) -> Flow[TrainingClient]:
-        """Create a run from a checkpoint's weights (``bt://loops:<run_id>/weights/<name>``), its optimizer fresh."""
+    def create_training_client_from_state(
+        self, path: str, user_metadata: Mapping[str, Any] | None = None, replicas: int = 1
+    ) -> Flow[TrainingClient]:
+        """Create a run from a checkpoint's weights (``bt://loops:<run_id>/weights/<name>``), its optimizer fresh.
+
+        ``user_metadata`` is taken for programs that give it and, as in Loops, kept nowhere.
+        """
+        _metadata(user_metadata)
         one_replica("replicas", replicas)
         steps = partial(self._from_state, plane.checkpoint_path(path), with_optimizer=False)
         return Flow(operation="create_training_client_from_state", steps=steps)
@@ -161,8 +167,11 @@ class TrainerService(ServiceBase):
 
     @blocking
     @suggesting
-    def create_training_client_from_state_with_optimizer(self, path: str, replicas: int = 1) -> Flow[TrainingClient]:
-        """Create a run that goes on where a checkpoint was saved, optimizer included."""
+    def create_training_client_from_state_with_optimizer(
+        self, path: str, user_metadata: Mapping[str, Any] | None = None, replicas: int = 1
+    ) -> Flow[TrainingClient]:
+        """Create a run that goes on where a checkpoint was saved, optimizer included; otherwise as the other one."""
+        _metadata(user_metadata)
         one_replica("replicas", replicas)
         steps = partial(self._from_state, plane.checkpoint_path(path), with_optimizer=True)
         return Flow(operation="create_training_client_from_state_with_optimizer", steps=steps)
@@ -195,6 +204,17 @@ class TrainerService(ServiceBase):
         run = await self._provider.find_trainer(self.core, run_id)
         return self._trainer_of(run, None, run.max_seq_len, Waits.given(self.config))
 
+    @blocking
+    def deactivate_run(self, run_id: str) -> Call[None]:
+        """End a run of the Loops surface for good: its adapter, queue and sampler go, its checkpoints stay.
+
+        Raises ``ResourceNotFoundError`` where there is no such run.
+        """
+        parts = {"id": arguments.text("run_id", run_id)}
+        return call(loops.DEACTIVATE_RUN, parts=parts, decode=_nothing, whole_reply=True)
+
+    deactivate_run_async = twin(deactivate_run)
+
     def _trainer_of(self, run: loops.Run, rank: int | None, max_seq_len: int | None, waits: Waits) -> TrainingClient:
         return TrainingClient(
             self.core.service,
@@ -220,6 +240,15 @@ def scope_of(value: object) -> Scope | None:
         return value  # type: ignore[return-value]
     why = ": a serverless run speaks another protocol" if value == "serverless" else ""
     raise checks.refuse("scope", f"one of {', '.join(_SCOPES)}, or None{why}", value)
+
+
+def _metadata(value: object) -> None:
+    if value is not None and not isinstance(value, Mapping):
+        raise checks.refuse("user_metadata", "a dict, or None", value)
+
+
+def _nothing(_: object) -> None:
+    """What is told of a run that has ended."""
 
 
 def _dp_fields(value: object) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import attrs
 
 from tg_tinker.store import container, sealing
 from tg_tinker.store.keyring import KeyRing
+from tg_tinker.types import checks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,12 +31,16 @@ def open_artifact(data: bytes | Path, key: bytes | Path) -> Opened:
     Raises ``ResourceNotFoundError`` (code KEY_NOT_FOUND) or ``InvalidRequestError`` (ARTIFACT_MISMATCH,
     ARTIFACT_DAMAGED, or ``field="key"`` for bytes that are no key file).
     """
-    manifest, ciphertext = sealing.unbundle(_content(data))
-    ring = KeyRing.from_bytes(_content(key))
+    manifest, ciphertext = sealing.unbundle(_content("data", data))
+    ring = KeyRing.from_bytes(_content("key", key))
     content = sealing.unseal(manifest, BytesIO(ciphertext), len(ciphertext), ring.unwrap)
     tensors, counters = container.unpack_arrays(content)
     return Opened(manifest.fields(), tensors, counters)
 
 
-def _content(source: bytes | Path) -> bytes:
-    return source.read_bytes() if isinstance(source, Path) else source
+def _content(field: str, source: object) -> bytes:
+    if isinstance(source, Path):
+        return source.read_bytes()
+    if not isinstance(source, bytes):
+        raise checks.refuse(field, "bytes, or the pathlib.Path of a file", source)
+    return source

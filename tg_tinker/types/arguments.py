@@ -6,7 +6,9 @@ import math
 
 from tg_tinker.types import checks
 
-__all__ = ["flag", "optional_text", "patience", "seconds", "text", "whole"]
+__all__ = ["MOST_SECONDS", "flag", "optional_text", "patience", "seconds", "text", "whole"]
+
+MOST_SECONDS = 3_155_760_000  # a hundred years: what lives longer needs no time to live
 
 
 def text(field: str, value: object) -> str:

@@ -13,7 +13,7 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import arguments, arrays, checks
-from tg_tinker.types.tokens import end_of_text, padding
+from tg_tinker.types.tokens import encode, end_of_text, padding
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,10 +87,7 @@ class BatchData:
             raise checks.refuse("texts", "a non-empty list of strings", texts)
         longest = None if max_length is None else arguments.whole("max_length", max_length, 1)
         end = end_of_text(tokenizer)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise checks.refuse(f"texts[{index}]", "a string", text)
-        rows = [[*tokenizer.encode(text), *end][:longest] for text in texts]
+        rows = [[*encode(tokenizer, f"texts[{index}]", text), *end][:longest] for index, text in enumerate(texts)]
         width = max(map(len, rows))
         pad = padding(tokenizer)
         return cls(

@@ -6,6 +6,7 @@ training run. Whether a model exists or a device can do fp16 is the server's to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import checks
+from tg_tinker.types.value import Value
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ACCOUNTANTS = ("rdp", "moments", "gdp", "prv")
+
+#: fields that not every optimizer reads -> those that do
+_READ_BY = {"betas": ("adamw", "adam"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
+_WITH_CYCLES = ("cosine", "cosine_with_restarts")
 
 
 @attrs.frozen(kw_only=True)
@@ -26,6 +32,7 @@ class LoRAConfig:
     """The low-rank adapter that is trained (Hu et al. 2021, arXiv:2106.09685).
 
     ``alpha / rank`` scales the update. ``target_modules`` are layer-name endings; each must match at least one layer.
+    The server trains adapters alone: it refuses a ``bias`` other than "none", and ``modules_to_save``.
     """
 
     rank: int = attrs.field(default=16, validator=checks.integer(1, 512))
@@ -59,7 +66,7 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule; ``warmup_steps`` rise linearly from 0.
 
     ``lr_scheduler_kwargs``: ``num_cycles`` for the cosine kinds. The decaying kinds need ``TrainingConfig.max_steps``.
-    ``momentum`` is for ``sgd`` alone.
+    ``momentum`` is for "sgd" alone, ``betas`` and ``eps`` are for "adamw" and "adam": elsewhere they are refused.
     """
 
     name: str = attrs.field(
@@ -78,6 +85,25 @@ class OptimizerConfig:
         factory=dict, converter=_copied, validator=checks.instance(dict, "a dict")
     )
 
+    def __attrs_post_init__(self) -> None:
+        """Refuse what the chosen optimizer or schedule would not read: it would look as if it did something."""
+        defaults = attrs.fields_dict(OptimizerConfig)
+        for field, readers in _READ_BY.items():
+            value = getattr(self, field)
+            if self.name not in readers and value != defaults[field].default:
+                raise checks.refuse(field, f"no value: {' and '.join(readers)} read it, {self.name} does not", value)
+        _check_schedule(self.lr_scheduler, self.lr_scheduler_kwargs)
+
+
+def _check_schedule(schedule: str, settings: Mapping[str, Any]) -> None:
+    known = {"num_cycles"} if schedule in _WITH_CYCLES else set[str]()
+    for name, value in settings.items():
+        if name not in known:
+            wanted = f"{' and '.join(known) or 'nothing'} alone for the {schedule} schedule"
+            raise checks.refuse("lr_scheduler_kwargs", wanted, dict(settings))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise checks.refuse(f"lr_scheduler_kwargs.{name}", "a finite number of at least 0", value)
+
 
 @attrs.frozen(kw_only=True)
 class DPConfig:
@@ -86,7 +112,9 @@ class DPConfig:
     The unit that is protected is one row of a batch (on the Loops surface one datum). Once per optimizer step, noise of
     standard deviation ``noise_multiplier * max_grad_norm`` is added to the sum of the clipped per-example gradients.
     Privacy amplification is claimed only when declared, by ``sample_rate`` or ``dataset_size``: both promise Poisson
-    sampling (``PoissonSampler`` draws such batches).
+    sampling (``PoissonSampler`` draws such batches). ``expected_batch_size`` is the public number that the sum is
+    divided by; the TG surface has a default, ``batch_size * gradient_accumulation_steps``. ``secure_mode`` asks for
+    what is always done: noise of a cryptographic generator.
     """
 
     enabled: bool = attrs.field(default=True, validator=checks.flag())
@@ -102,8 +130,8 @@ class DPConfig:
 
 
 @attrs.frozen(kw_only=True)
-class SamplingConfig:
-    """Sampling settings that can be kept beside a run; ``top_k=0`` switches top-k off."""
+class SamplingConfig(Value):
+    """Sampling settings to keep beside a run: ``tc.sample(prompt, **config.to_dict())``; ``top_k=0`` is off."""
 
     max_tokens: int = attrs.field(default=128, validator=checks.integer(1, 4096))
     temperature: float = attrs.field(default=0.7, validator=checks.number(0.0, 2.0))
@@ -132,9 +160,9 @@ class TrainingConfig:
 
     ``model_ref`` is a hub id, a local folder, ``"tg-tinker/tiny"`` or ``"tg-tinker/smollm2-135m"``. ``max_steps`` ends
     the run: its status becomes "completed", training is refused, sampling and saving go on.
-    ``gradient_accumulation_steps`` only scales the expected batch size under DP: gradients add up until ``optim_step``
-    whatever it says. ``seed`` fixes adapter initialisation and dropout; None lets the server draw one. Nested configs
-    may be given as dicts.
+    ``batch_size`` and ``gradient_accumulation_steps`` only make the expected batch size under DP: a batch has the rows
+    that it has, and gradients add up until ``optim_step``, whatever they say. ``seed`` fixes adapter initialisation and
+    dropout; None lets the server draw one. Nested configs may be given as dicts.
 
     Raises ``InvalidRequestError`` with ``field`` and ``constraint``.
     """
@@ -182,7 +210,7 @@ class TrainingConfig:
 
         try:
             fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise InvalidRequestError(f"cannot read the config {path}: {error}", field="path") from error
         return cls.from_dict(fields)
 

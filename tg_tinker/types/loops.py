@@ -5,7 +5,7 @@ Field names, defaults and meanings are those of the Loops pages (SDK 0.32); each
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
@@ -13,7 +13,7 @@ import attrs
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import arguments, arrays, checks
 from tg_tinker.types.tensor import TensorData
-from tg_tinker.types.tokens import end_of_text
+from tg_tinker.types.tokens import encode, end_of_text
 from tg_tinker.types.value import Value
 
 if TYPE_CHECKING:
@@ -166,11 +166,11 @@ class Datum:
         """
         longest = None if max_length is None else arguments.whole("max_length", max_length, 1)
         end = end_of_text(tokenizer)
-        head = tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        tail = tokenizer.encode(answer, add_special_tokens=False) + end if isinstance(answer, str) else list(answer)
-        for field, encoded in (("prompt", head), ("answer", tail)):
-            if not encoded:
-                raise checks.refuse(field, "at least one token", encoded)
+        head = _tokens(tokenizer, "prompt", prompt)
+        tail = [*_tokens(tokenizer, "answer", answer, special=False), *(end if isinstance(answer, str) else ())]
+        for field, ids in (("prompt", head), ("answer", tail)):
+            if not ids:
+                raise checks.refuse(field, "at least one token", ids)
         tokens = [*head, *tail][:longest]
         targets = [-100] * (len(head) - 1) + tokens[len(head) :]
         if not tokens[len(head) :]:
@@ -242,3 +242,12 @@ def prompt_of(prompt: object) -> ModelInput:
     if not isinstance(prompt, ModelInput) or not prompt.length:
         raise checks.refuse("prompt", "a ModelInput of at least one token", prompt)
     return prompt
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, field: str, given: object, *, special: bool = True) -> list[int]:
+    """The tokens of a text, or those given."""
+    if isinstance(given, str):
+        return encode(tokenizer, field, given, special=special)
+    if not isinstance(given, Iterable):
+        raise checks.refuse(field, "a string, or token ids", given)
+    return list(given)

@@ -1,10 +1,11 @@
 """What each loss needs, as data: required tensors, optional tensors, config keys with their defaults.
 
-The client checks a call against this table before it is sent; ``engine.losses`` computes by the same table.
+The client checks a call against this table before it is sent; ``engine.training.losses`` computes by the same table.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 
@@ -33,8 +34,14 @@ LOSSES: Mapping[str, LossSpec] = {
     "cispo": LossSpec(_RL, defaults={"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}),
     "dro": LossSpec(_RL, defaults={"beta": 0.05}),
     "dppo": LossSpec(_RL, defaults={"dppo_mask_high": 0.2, "dppo_mask_low": 0.2, "adv_tau": 1.0, "kl_tau": 1e-3}),
-    "dpo": LossSpec(("target_tokens", "weights", "ref_logprobs"), (), {"beta": 0.1, "label_smoothing": 0.0}),
+    "dpo": LossSpec(
+        ("target_tokens", "weights", "ref_logprobs"), ("temperatures",), {"beta": 0.1, "label_smoothing": 0.0}
+    ),
 }
+
+
+_INPUTS = sorted({name for spec in LOSSES.values() for name in (*spec.required, *spec.optional)})
+_ALIKE = 0.85  # of ``difflib``: "wieghts" is meant to be one of ours, "mask" is a column of the caller's own
 
 
 def spec_of(loss_fn: object) -> LossSpec:
@@ -59,9 +66,16 @@ def settings(loss_fn: object, config: object) -> dict[str, float | bool]:
 
 
 def require_inputs(loss_fn: str, data: Sequence[Datum]) -> None:
-    """Check that every datum carries what the loss needs; the error names datum and tensor."""
+    """Check that every datum carries what the loss needs; the error names datum and tensor.
+
+    Inputs of other losses, and columns that no loss knows, are carried along; misspelt ones are refused.
+    """
     spec = LOSSES[loss_fn]
     for index, datum in enumerate(data):
+        for name in datum.loss_fn_inputs:
+            near = () if name in _INPUTS else difflib.get_close_matches(name, _INPUTS, n=1, cutoff=_ALIKE)
+            if near:
+                raise checks.refuse(f"data[{index}].loss_fn_inputs.{name}", f"the name {near[0]!r}", name)
         missing = [name for name in spec.required if name not in datum.loss_fn_inputs]
         if missing:
             field = f"data[{index}].loss_fn_inputs.{missing[0]}"

@@ -47,7 +47,10 @@ class DPMetrics(Value):
 
 @attrs.frozen(kw_only=True)
 class OptimStepResult(Value):
-    """``grad_norm`` is the L2 norm of the step's gradient before clipping; ``step`` counts optimizer steps from 1."""
+    """``grad_norm`` is the L2 norm of the step's gradient before clipping; ``step`` counts optimizer steps from 1.
+
+    Under differential privacy it is the norm of the private gradient: that of the noise, mostly.
+    """
 
     grad_norm: float
     learning_rate: float
@@ -170,7 +173,10 @@ class TrainingClientInfo(Value):
 
 @attrs.frozen(kw_only=True)
 class PrivacyReport(Value):
-    """The privacy ledger of a run in one look; ``total_epsilon`` is None where it is infinite."""
+    """The privacy ledger of a run in one look; ``total_epsilon`` is None where it is infinite.
+
+    ``warnings`` say what is doubtful about the run's ``DPConfig``.
+    """
 
     enabled: bool
     accountant: str
@@ -185,6 +191,7 @@ class PrivacyReport(Value):
     expected_batch_size: int
     steps: int
     unit: str = "one row of a batch"
+    warnings: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

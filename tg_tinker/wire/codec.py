@@ -20,6 +20,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import checks, config
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum, EncodedTextChunk, ModelInput
+from tg_tinker.types.loops_results import LoraAdapterConfig
 from tg_tinker.types.tensor import TensorData
 
 T = TypeVar("T")
@@ -139,7 +140,10 @@ def _model_input(data: Any, _: object) -> ModelInput:
 
 
 def _datum(data: Any, _: object) -> Datum:
-    fields = _known(data, ("model_input", "loss_fn_inputs"))
+    fields = _known(data, ("model_input", "loss_fn_inputs", "routed_experts_ref"))
+    if fields.get("routed_experts_ref") is not None:
+        wanted = "null: the models served here route no experts"
+        raise checks.refuse("routed_experts_ref", wanted, fields["routed_experts_ref"])
     tensors = fields.get("loss_fn_inputs") or {}
     if not isinstance(tensors, Mapping):
         raise checks.refuse("loss_fn_inputs", "an object of tensors", tensors)
@@ -173,6 +177,14 @@ def _tensor(data: Any, _: object) -> TensorData:
     return TensorData(**fields)
 
 
+def _adapter_config(data: Any, _: object) -> LoraAdapterConfig:
+    """Published control planes call the rank ``r``."""
+    fields = _known(data, ("r", "rank"))
+    if not fields:
+        raise checks.refuse("rank", "the adapter's rank", None)
+    return LoraAdapterConfig(rank=decode(int, fields.get("rank", fields.get("r"))))
+
+
 def _strict(kind: type, *taken: type) -> Callable[[Any, Any], Any]:
     """A reader of a JSON primitive that takes nothing else for it: "false" is not a bool, 1.5 not an int."""
 
@@ -203,6 +215,7 @@ _READERS: dict[type, Callable[[Any, Any], Any]] = {
     EncodedTextChunk: _text_chunk,
     ModelInput: _model_input,
     Datum: _datum,
+    LoraAdapterConfig: _adapter_config,
     datetime: lambda text, _: datetime.fromisoformat(text),
 }
 _PRIMITIVES: dict[type, Callable[[Any, Any], Any]] = {

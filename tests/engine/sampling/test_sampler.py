@@ -363,6 +363,13 @@ def test_a_diverged_adapter_fails_alone(kit, base):
     assert healthy.result.tokens == kit.run(Sampler(base), good)[0].tokens
 
 
+def test_the_coldest_temperature_is_greedy(kit, base):
+    """A temperature that single precision cannot tell from 0 takes the most probable token, and is no failure."""
+    cold, greedy = (kit.request(kit.prompt(6), temperature=heat, max_tokens=20) for heat in (1e-308, 0.0))
+    (drawn,), (taken,) = kit.run(Sampler(base), cold), kit.run(Sampler(base), greedy)
+    assert drawn.tokens == taken.tokens
+
+
 def test_penalties_change_what_is_said(kit, base):
     """A heavy repetition penalty never repeats where the model alone does."""
     plain = kit.request(kit.prompt(4), temperature=0.0, max_tokens=60)

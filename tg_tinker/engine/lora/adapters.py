@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, LoRALinear, replace_linears
+from tg_tinker.engine.requirements import require
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class AdapterSpec:
 
     def __attrs_post_init__(self) -> None:
         """Refuse what cannot be built with an ``InvalidRequestError`` that names the field."""
-        _require(self.rank >= 1, "rank", "a positive integer", self.rank)
-        _require(math.isfinite(self.alpha) and self.alpha > 0, "alpha", "a positive number", self.alpha)
-        _require(0.0 <= self.dropout < 1.0, "dropout", "a number from 0 up to, not including, 1", self.dropout)
+        require(self.rank >= 1, "rank", "a positive integer", self.rank)
+        require(math.isfinite(self.alpha) and self.alpha > 0, "alpha", "a positive number", self.alpha)
+        require(0.0 <= self.dropout < 1.0, "dropout", "a number from 0 up to, not including, 1", self.dropout)
 
     @property
     def scale(self) -> float:
@@ -141,7 +142,7 @@ def layer_names(base: BaseModel, target_modules: tuple[str, ...] | None) -> list
     if target_modules is None:
         head = cast("nn.Module | None", base.model.get_output_embeddings())
         names = [name for name, layer in layers.items() if layer is not head]
-        _require(bool(names), "target_modules", "a model with linear layers", base.name)
+        require(bool(names), "target_modules", "a model with linear layers", base.name)
         return sorted(names)
     problems = [target for target in target_modules if not any(_matches(name, target) for name in layers)]
     if problems or not target_modules:
@@ -232,8 +233,3 @@ def _matches(name: str, target: str) -> bool:
 
 def _peft_name(layer: str, side: str) -> str:
     return f"{_PREFIX}{layer}.lora_{side}.weight"
-
-
-def _require(holds: bool, field: str, constraint: str, value: object) -> None:
-    if not holds:
-        raise InvalidRequestError(f"{field} must be {constraint}, not {value!r}", field=field, constraint=constraint)

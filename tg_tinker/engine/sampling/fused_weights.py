@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tg_tinker.engine.lora import quick_ops
+from tg_tinker.engine.sampling import quick_ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import attrs
 
+from tg_tinker.engine.requirements import require
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -89,14 +90,15 @@ def check(request: GenerationRequest, *, vocab_size: int, max_length: int) -> No
     """
     _check_prompt(request, vocab_size, max_length)
     least = 0 if request.scores_prompt else 1
-    _require(
-        _is_int(request.max_tokens) and request.max_tokens >= least, request, "max_tokens", f"an integer >= {least}"
-    )
+    enough = _is_int(request.max_tokens) and request.max_tokens >= least
+    require(enough, "max_tokens", f"an integer >= {least}", request.max_tokens)
     for field, constraint, holds in _RULES:
-        _require(holds(getattr(request, field)), request, field, constraint)
+        value = getattr(request, field)
+        require(holds(value), field, constraint, value)
     bounded = all(_is_int(token) and 0 <= token < vocab_size for token in request.stop_token_ids)
-    _require(bounded, request, "stop_token_ids", f"token ids from 0 to {vocab_size - 1}")
-    _require(request.topk_prompt_logprobs <= vocab_size, request, "topk_prompt_logprobs", f"at most {vocab_size}")
+    require(bounded, "stop_token_ids", f"token ids from 0 to {vocab_size - 1}", request.stop_token_ids)
+    most = request.topk_prompt_logprobs
+    require(most <= vocab_size, "topk_prompt_logprobs", f"at most {vocab_size}", most)
 
 
 def _check_prompt(request: GenerationRequest, vocab_size: int, max_length: int) -> None:
@@ -110,12 +112,6 @@ def _check_prompt(request: GenerationRequest, vocab_size: int, max_length: int) 
         if not (_is_int(token) and 0 <= token < vocab_size):
             message = f"prompt holds {token!r}, which is no token id of this model @ $.prompt[{position}]"
             raise InvalidRequestError(message, field="prompt", constraint=f"token ids from 0 to {vocab_size - 1}")
-
-
-def _require(holds: bool, request: GenerationRequest, field: str, constraint: str) -> None:
-    if not holds:
-        value = getattr(request, field)
-        raise InvalidRequestError(f"{field} must be {constraint}, not {value!r}", field=field, constraint=constraint)
 
 
 def _is_int(value: Any) -> bool:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 
-from tg_tinker.engine import failures, memory
-from tg_tinker.engine.sampling import fused_weights, generation
+from tg_tinker.engine import memory
+from tg_tinker.engine.sampling import failures, fused_weights, generation
 from tg_tinker.engine.sampling.decoder import Chunk
 from tg_tinker.engine.sampling.detokenize import decoder_of
 from tg_tinker.engine.sampling.generation import Generation, GenerationRequest, Listener

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SamplingBatch"]
 
+_COLDEST = torch.finfo(torch.float32).tiny  # anything smaller is 0 in float32
 _CANDIDATES = 512  # tokens that top-p looks at before it sorts a whole vocabulary
 
 
@@ -44,7 +45,7 @@ class SamplingBatch:
 
     def _make_settings(self, vocab_size: int) -> Settings:
         requests = [stream.request for stream in self.streams]
-        temperatures = [request.temperature or 1.0 for request in requests]
+        temperatures = [max(request.temperature, _COLDEST) if request.temperature else 1.0 for request in requests]
         greedy = [row for row, request in enumerate(requests) if request.temperature == 0.0]
         all_greedy = len(greedy) == len(requests)
         return Settings(

@@ -13,12 +13,12 @@ import attrs
 import torch
 from torch.nn import functional
 
-from tg_tinker.engine.lora.quick_ops import rms_norm
 from tg_tinker.engine.sampling import fused_lora, fused_weights
 from tg_tinker.engine.sampling.attention import PoolSpan, PromptSpan, Span
 from tg_tinker.engine.sampling.decoder import Prompt
 from tg_tinker.engine.sampling.fused_lora import AdapterRows, FusedAdapter, Stacks
 from tg_tinker.engine.sampling.key_value_cache import KeyValueCache, SlotSequence
+from tg_tinker.engine.sampling.quick_ops import rms_norm
 from tg_tinker.engine.sampling.rotary_table import RotaryTable, rotate
 
 if TYPE_CHECKING:

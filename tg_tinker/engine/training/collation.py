@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tg_tinker.engine.training.losses import active_positions
+from tg_tinker.types.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,6 +83,6 @@ def scatter(rows: Sequence[Row], values: NDArray[np.float32]) -> list[NDArray[np
         stop = start + int(labelled.sum())
         out = np.zeros(row.targets.shape, np.float32)
         out[labelled] = values[start:stop]
-        spread.append(np.where(row.targets == -100, np.float32(0.0), out))
+        spread.append(np.where(row.targets == IGNORED, np.float32(0.0), out))
         start = stop
     return spread

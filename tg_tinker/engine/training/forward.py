@@ -112,14 +112,13 @@ class _HeadPass:
 
     def at_once(self) -> tuple[float, Tensor]:
         """Take all logprobs together, for losses over pairs; the backward pass makes each chunk's logits again."""
+        temperatures = self.batch.inputs.get("temperatures")
 
-        def logprobs_of(part: Tensor, targets: Tensor) -> Tensor:
-            return target_logprobs(self.head(part), targets)
+        def logprobs_of(chunk: slice) -> Tensor:
+            scale = None if temperatures is None else temperatures[chunk]
+            return target_logprobs(self.head(self.states[chunk]), self.batch.targets[chunk], scale)
 
-        parts = [
-            checkpoint(logprobs_of, self.states[chunk], self.batch.targets[chunk], use_reentrant=False)
-            for chunk in self.chunks
-        ]
+        parts = [checkpoint(logprobs_of, chunk, use_reentrant=False) for chunk in self.chunks]
         values = torch.cat(cast("list[Tensor]", parts))
         total = evaluate(self.loss, values, self.batch.inputs, self.config, self.batch.mask).sum()
         if torch.is_grad_enabled():

@@ -12,6 +12,7 @@ import numpy as np
 from tg_tinker.engine.training.batching import IGNORED
 from tg_tinker.engine.training.losses import LOSSES, Loss, active_positions
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import checks
 from tg_tinker.types.losses import settings
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def loss_settings(loss_fn: str, config: Mapping[str, float | bool] | None) -> tu
     complete = settings(loss_fn, config)
     smoothing = complete.get("label_smoothing", 0.0)
     if not 0.0 <= smoothing < 0.5:
-        raise _refused("loss_fn_config.label_smoothing", "a number from 0 up to, not including, 0.5", smoothing)
+        raise checks.refuse("loss_fn_config.label_smoothing", "a number from 0 up to, not including, 0.5", smoothing)
     low, high = complete.get("clip_low_threshold", 0.0), complete.get("clip_high_threshold", 1.0)
     if not 0.0 <= low <= high:
-        raise _refused("loss_fn_config.clip_low_threshold", "from 0 up to clip_high_threshold", low)
+        raise checks.refuse("loss_fn_config.clip_low_threshold", "from 0 up to clip_high_threshold", low)
     return LOSSES[loss_fn], complete
 
 
@@ -47,13 +48,13 @@ def inspect(rows: Sequence[Row], loss: Loss, *, vocab_size: int, max_length: int
     Raises ``InvalidRequestError`` with all problems, the first in the message.
     """
     if not rows:
-        raise _refused("data", "at least one row", 0)
+        raise checks.refuse("data", "at least one row", 0)
     if len(rows) % loss.rows_per_unit:
-        raise _refused("data", "an even number of rows: chosen, rejected, chosen, ...", len(rows))
+        raise checks.refuse("data", "an even number of rows: chosen, rejected, chosen, ...", len(rows))
     ranks = {row.targets.shape[1:] for row in rows}
     if len(ranks) > 1 or (ranks != {()} and (loss.is_rl or loss.rows_per_unit > 1)):
         constraint = "one target per position, or for cross_entropy the same K for every row"
-        raise _refused("data[*].loss_fn_inputs.target_tokens", constraint, sorted(ranks))
+        raise checks.refuse("data[*].loss_fn_inputs.target_tokens", constraint, sorted(ranks))
     problems = [problem for row in rows for problem in _row_problems(row, loss, vocab_size, max_length)]
     if problems:
         place = problems[0].rpartition(" @ $.")[2]
@@ -108,8 +109,3 @@ def _first(bad: NDArray[Any], values: NDArray[Any], expected: str, where: str) -
     if bad.any():
         index = np.unravel_index(int(bad.argmax()), bad.shape)
         yield f"{values[index]}; expected {expected} @ {where}{''.join(f'[{int(i)}]' for i in index)}"
-
-
-def _refused(field: str, constraint: str, value: object) -> InvalidRequestError:
-    message = f"{field}: expected {constraint}, got {value!r}"
-    return InvalidRequestError(message, field=field, constraint=constraint, problems=[f"{message} @ $.{field}"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tg_tinker.types.batch import IGNORED
 from tg_tinker.types.losses import LOSSES as SPECS
 from tg_tinker.types.losses import LossSpec
 
@@ -104,11 +105,6 @@ class Loss:
         return (*self.required_inputs, *(name for name in self.spec.optional if name != "target_tokens"))
 
     @property
-    def config_defaults(self) -> Config:
-        """Every config key with its default."""
-        return self.spec.defaults
-
-    @property
     def is_rl(self) -> bool:
         """Whether it compares with a sampling policy."""
         return "advantages" in self.spec.required
@@ -134,7 +130,7 @@ def active_positions(loss: Loss, row: Row) -> NDArray[np.bool_]:
 
     Out are: targets of -100, weights of 0, and for the RL losses advantages of 0 (prompts, by the Loops convention).
     """
-    active: NDArray[np.bool_] = row.targets != -100
+    active: NDArray[np.bool_] = row.targets != IGNORED
     for name in ("weights", "advantages") if loss.is_rl else ("weights",):
         if name in row.inputs and name in loss.input_names:
             active = active & (row.inputs[name] != 0)

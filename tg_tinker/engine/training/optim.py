@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tg_tinker.engine.lora.adapters import check_tensors
+from tg_tinker.engine.requirements import require
 from tg_tinker.engine.training.schedules import CYCLES, learning_rate_at
-from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.config import OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -43,20 +43,20 @@ class OptimizerSettings:
 
     def __attrs_post_init__(self) -> None:
         """Refuse a value out of range with an ``InvalidRequestError`` that names the field."""
-        _require(self.name in OPTIMIZERS, "name", f"one of {', '.join(OPTIMIZERS)}", self.name)
-        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        require(self.name in OPTIMIZERS, "name", f"one of {', '.join(OPTIMIZERS)}", self.name)
+        require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         for field in ("learning_rate", "eps", "weight_decay", "momentum", "warmup_steps"):
-            _require(_is_amount(getattr(self, field)), field, "a finite number of at least 0", getattr(self, field))
+            require(_is_amount(getattr(self, field)), field, "a finite number of at least 0", getattr(self, field))
         for field in ("grad_clip_norm", "total_steps"):
             value = getattr(self, field)
-            _require(value is None or _is_amount(value), field, "a finite number of at least 0, or None", value)
+            require(value is None or _is_amount(value), field, "a finite number of at least 0, or None", value)
         rates = all(0.0 <= beta < 1.0 for beta in self.betas)
-        _require(rates, "betas", "two numbers from 0 up to, not including, 1", self.betas)
+        require(rates, "betas", "two numbers from 0 up to, not including, 1", self.betas)
         allowed = {"num_cycles"} if self.schedule in CYCLES else set[str]()
         unknown = sorted(set(self.schedule_kwargs) - allowed)
-        _require(not unknown, "schedule_kwargs", f"only {', '.join(allowed) or 'nothing'} for this schedule", unknown)
+        require(not unknown, "schedule_kwargs", f"only {', '.join(allowed) or 'nothing'} for this schedule", unknown)
         cycles = self.schedule_kwargs.get("num_cycles", 1)
-        _require(_is_amount(cycles), "schedule_kwargs.num_cycles", "a finite number of at least 0", cycles)
+        require(_is_amount(cycles), "schedule_kwargs.num_cycles", "a finite number of at least 0", cycles)
 
 
 class Optimizer:
@@ -112,8 +112,8 @@ class Optimizer:
             check_tensors(tensors, {}, field="optimizer")
             self.reset()
             return
-        _require(name in _ENGINES, "optimizer.name", f"one of {', '.join(_ENGINES)}", name)
-        _require(set(kinds) <= set(_MOMENTS[name]), "optimizer.kinds", f"among {sorted(_MOMENTS[name])}", kinds)
+        require(name in _ENGINES, "optimizer.name", f"one of {', '.join(_ENGINES)}", name)
+        require(set(kinds) <= set(_MOMENTS[name]), "optimizer.kinds", f"among {sorted(_MOMENTS[name])}", kinds)
         shapes = {
             f"{kind}.{key}": _MOMENTS[name][kind](parameter)
             for key, parameter in self._parameters.items()
@@ -188,8 +188,3 @@ _MOMENTS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
 
 def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value >= 0
-
-
-def _require(holds: bool, field: str, constraint: str, value: object) -> None:
-    if not holds:
-        raise InvalidRequestError(f"{field} must be {constraint}, not {value!r}", field=field, constraint=constraint)

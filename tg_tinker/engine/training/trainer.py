@@ -6,6 +6,7 @@ micro-batches there are depends on the request alone. Not here: the order of ope
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -119,7 +120,8 @@ class Trainer:
     ) -> Steps[PassOutput]:
         """Add the gradient of the summed loss to what is gathered; a failure or a cancellation drops all of that.
 
-        Raises ``InvalidRequestError`` for rows or settings that cannot be used, ``ServerError`` when memory runs out.
+        Raises ``InvalidRequestError`` for rows or settings that cannot be used, ``OperationFailedError`` for a loss
+        that is not finite, ``ServerError`` when memory runs out.
         """
         try:
             loss, complete = self._admit(rows, loss_fn, config)
@@ -212,6 +214,8 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             for index, values in zip(indices, scatter(chosen, outcome.logprobs.numpy()), strict=True):
                 logprobs[index] = values
+        if self.per_example is None:  # with it, what is not finite is left out, example by example
+            _check_finite(loss_sum, "forward_backward" if gradients else "forward")
         divisor = max(1, active) if self._normalises(config) else 1
         metrics = {"loss:sum": loss_sum, "num_tokens": float(active)}
         metrics |= {name: value / max(1, active) for name, value in sums.items()}
@@ -244,6 +248,12 @@ def _tokens_at_once(base: BaseModel) -> int:
     if base.device.type != "cpu":
         return _TOKENS_AT_ONCE
     return min(_TOKENS_AT_ONCE, max(_LEAST_TOKENS, _WORK_ON_CPU // max(1, base.model.num_parameters())))
+
+
+def _check_finite(loss: float, operation: str) -> None:
+    if not math.isfinite(loss):
+        message = f"the loss is not finite ({loss}): the adapter has diverged, or an input is too large for its dtype"
+        raise OperationFailedError(message, operation=operation)
 
 
 @contextmanager

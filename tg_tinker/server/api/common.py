@@ -15,7 +15,8 @@ from tg_tinker.server.records.tickets import Held, Ticket
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.training.runs import Run, Surface
 from tg_tinker.store.names import check_label
-from tg_tinker.types import checks
+from tg_tinker.types import arguments, checks
+from tg_tinker.types.arguments import MOST_SECONDS
 from tg_tinker.wire import codec, headers
 
 T = TypeVar("T")
@@ -122,8 +123,8 @@ def number(request: web.Request, name: str, default: float) -> float:
 def check_name(name: str, ttl_seconds: int | None) -> None:
     """Refuse a checkpoint name that is no label, or a time to live that is over at once."""
     check_label(name, "name")
-    if ttl_seconds is not None and ttl_seconds <= 0:
-        raise checks.refuse("ttl_seconds", "at least 1", ttl_seconds)
+    if ttl_seconds is not None:
+        arguments.whole("ttl_seconds", ttl_seconds, 1, MOST_SECONDS)
 
 
 async def held(request: web.Request, future_id: str) -> Held:

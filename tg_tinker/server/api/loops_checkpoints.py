@@ -12,6 +12,7 @@ from aiohttp import web
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.api import common
 from tg_tinker.server.middleware import event_id
+from tg_tinker.server.serving.published import check_serves
 from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse, LoraAdapterConfig
@@ -51,9 +52,10 @@ async def list_checkpoints(request: web.Request) -> web.Response:
 
 
 async def validate(request: web.Request) -> web.Response:
-    """An empty object for a checkpoint that is there and serves what it is asked for."""
+    """An empty object for a checkpoint that is there and serves sampling, which is what clients ask for."""
     body = await common.read_json(request)
     uri = CheckpointUri.parse(body.get("checkpoint_path"), "checkpoint_path")
+    check_serves(uri)
     store, tenant = common.rooms_of(request).store, common.tenant_of(request)
     await asyncio.to_thread(store.find, tenant, uri.run_id, uri.kind, uri.name)
     return common.reply({})

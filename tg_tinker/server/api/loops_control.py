@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from typing import Any
 
 import attrs
 from aiohttp import web
 
 from tg_tinker.server.api import common, loops, samplers
+from tg_tinker.server.serving.published import check_serves
 from tg_tinker.server.serving.samplers import Sampler
 from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 from tg_tinker.server.training.runs import Run
@@ -49,8 +51,8 @@ async def create_trainer(request: web.Request) -> web.Response:
 
 
 async def create_run(request: web.Request) -> web.Response:
-    """Make a run together with its sampler, as clients before 0.14 do: they never ask for the sampler alone."""
-    run = await _new_run(request)
+    """Make a run together with its sampler, as clients before 0.14 do; ``save_state`` publishes to it as well."""
+    run = await _new_run(request, with_sampler=True)
     sampler = common.rooms_of(request).samplers.of_run(run)
     paired = attrs.asdict(_sampler_view(request, sampler))
     return common.reply(wire.RunEnvelope(run=attrs.evolve(_run_view(request, run), sampler=paired)))
@@ -111,11 +113,11 @@ async def teams(_: web.Request) -> web.Response:
     return common.reply({"teams": []})
 
 
-async def _new_run(request: web.Request) -> Run:
+async def _new_run(request: web.Request, **settled: Any) -> Run:
     fields = await common.read_json(request)
     if fields.get("base_checkpoint") is not None:
         raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
-    body = codec.decode(wire.TrainerRequest, fields)
+    body = attrs.evolve(codec.decode(wire.TrainerRequest, fields), **settled)
     key = common.idempotency_key(request)
     return await common.rooms_of(request).creation.loops_run(common.tenant_of(request), body, key)
 
@@ -129,6 +131,7 @@ async def _sampler(request: web.Request, body: wire.SamplerRequest) -> Sampler:
     if body.base_model is not None:
         return rooms.samplers.of_model(tenant, await rooms.models.get(body.base_model))
     uri = CheckpointUri.parse(body.model_path, "model_path")
+    check_serves(uri)
     record = await asyncio.to_thread(rooms.store.find, tenant, uri.run_id, SAMPLER_WEIGHTS, uri.name)
     model = await rooms.models.get(str(record.metadata["base_model"]))
     await rooms.published.checkpoint(tenant, model, uri)

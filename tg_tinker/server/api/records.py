@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tg_tinker.store.checkpoints import ArtifactRecord
 
 
+PAGE = 1000  # audit entries in one answer, at most
+
+
 def routes() -> list[web.RouteDef]:
     """Every route of this file."""
     return [
@@ -78,7 +81,7 @@ async def audit_logs(request: web.Request) -> web.Response:
         operation=query.get("operation"),
         start_time=_time(query, "start_time"),
         end_time=_time(query, "end_time"),
-        limit=min(1000, int(common.number(request, "limit", 100))),
+        limit=_limit(request),
         offset=int(common.number(request, "offset", 0)),
     )
     return common.reply(entries)
@@ -114,6 +117,13 @@ def _listed(record: ArtifactRecord) -> dict[str, Any]:
         "created_at": record.created_at,
         "expires_at": record.expires_at,
     }
+
+
+def _limit(request: web.Request) -> int:
+    limit = common.number(request, "limit", 100)
+    if not 1 <= limit <= PAGE:
+        raise checks.refuse("limit", f"a number from 1 to {PAGE}; offset leads on", request.query["limit"])
+    return int(limit)
 
 
 def _time(query: Any, name: str) -> datetime | None:

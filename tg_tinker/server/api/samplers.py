@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 
 from aiohttp import web
@@ -89,7 +90,7 @@ async def _complete(
     request: web.Request, sampler: Sampler, asked: completions.CompletionRequest, weights: Weights
 ) -> SampleResponse:
     rooms, params = common.rooms_of(request), asked.params
-    seed = secrets.randbits(63) if params.seed is None else params.seed
+    seed = _seed(request) if params.seed is None else params.seed
     room = sampler.model.base.max_length - len(asked.prompt)
     stops = (params.stop,) if isinstance(params.stop, str) else params.stop or ()
     requests = [
@@ -111,6 +112,14 @@ async def _complete(
     ]
     made = await generate(rooms.scheduler, Generations(sampler.model.sampler, requests))
     return _response(asked, made, weights)
+
+
+def _seed(request: web.Request) -> int:
+    """A seed where the client names none: drawn, or made of the key, so that a try that is repeated draws the same."""
+    key = common.idempotency_key(request)
+    if key is None:
+        return secrets.randbits(63)
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) >> 1
 
 
 def _response(asked: completions.CompletionRequest, made: list[Completion], weights: Weights) -> SampleResponse:

@@ -15,6 +15,8 @@ from tg_tinker.types import checks, results
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.wire import codec, digest, headers, tg
 
+STATUSES = ("active", "completed", "failed")
+
 
 def routes() -> list[web.RouteDef]:
     """Every route of this file."""
@@ -47,6 +49,8 @@ async def list_clients(request: web.Request) -> web.Response:
     """The tenant's runs, newest first."""
     runs = common.rooms_of(request).runs.of_tenant(common.tenant_of(request), "tg")
     status = request.query.get("status")
+    if status not in {None, *STATUSES}:
+        raise checks.refuse("status", f"one of {', '.join(STATUSES)}", status)
     limit = int(common.number(request, "limit", 100))
     return common.reply([info(run) for run in runs if status in {None, run.status}][:limit])
 

@@ -77,9 +77,7 @@ class Published:
 
     async def checkpoint(self, tenant: str, model: Model, uri: CheckpointUri) -> Weights:
         """The adapter published under a name; the name's newest one, if it was used again."""
-        if uri.kind != SAMPLER_WEIGHTS:
-            message = "path: a training state does not serve sampling; publish it with save_weights_for_sampler"
-            raise InvalidRequestError(message, field="path", constraint="bt://loops:<run>/sampler_weights/<name>")
+        check_serves(uri)
         run = self._rooms.runs.find(tenant, uri.run_id)
         number = 0 if run is None else run.named.get((uri.kind, uri.name), ("", 0))[1]
         stored = None if run is None else run.versions.shelf.find(number)
@@ -129,6 +127,13 @@ class Published:
         spec["target_modules"] = None if spec["target_modules"] is None else tuple(spec["target_modules"])
         thaw: Callable[[], Any] = lambda: self._rooms.engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
         return Weights(await self._rooms.scheduler.call(thaw), int(loaded.record.metadata.get("version", 0)))
+
+
+def check_serves(uri: CheckpointUri) -> None:
+    """Refuse a training state where an adapter is asked for; raises ``InvalidRequestError``."""
+    if uri.kind != SAMPLER_WEIGHTS:
+        message = "path: a training state does not serve sampling; publish it with save_weights_for_sampler"
+        raise InvalidRequestError(message, field="path", constraint="bt://loops:<run>/sampler_weights/<name>")
 
 
 def _weights(version: Version) -> Weights:

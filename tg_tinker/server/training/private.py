@@ -62,6 +62,13 @@ class PrivateTraining:
         """Key of the run's hashes."""
         return self.policy.hash_key
 
+    @property
+    def noise(self) -> dict[str, Any]:
+        """What the noise of a step follows from, beside its gradient and the server's secret, as JSON data."""
+        settings = self.policy.settings
+        names = ("noise_multiplier", "max_grad_norm", "expected_batch_size")
+        return {"lineage": self.policy.ledger.lineage, **{name: getattr(settings, name) for name in names}}
+
     def attach(self, trainer: Trainer) -> None:
         """Let every training pass of this trainer clip its gradients by example."""
         trainer.per_example = self._recorder

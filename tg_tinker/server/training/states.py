@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +90,8 @@ def origin(run: Run) -> dict[str, Any]:
         "base_model": run.model.ref,
         "base_digest": base.digest,
         "optimizer_config": run.config.get("optimizer"),
+        "max_steps": run.max_steps,
+        "noise": None if run.privacy is None else run.privacy.noise,
         "privacy": run.privacy_state(),
     }
 
@@ -121,4 +123,23 @@ def _reasons(run: Run, made: Mapping[str, Any], *, with_optimizer: bool) -> tupl
         reasons.append("it was saved without the optimizer's state")
     if made["optimizer_config"] != run.config.get("optimizer"):
         reasons.append("the run's optimizer is configured differently")
-    return tuple(reasons)
+    elif _decays(run) and made.get("max_steps") != run.max_steps:
+        reasons.append(f"the learning rate falls over {run.max_steps} steps here, over {made.get('max_steps')} there")
+    return (*reasons, *_noise_reasons(made.get("noise"), None if run.privacy is None else run.privacy.noise))
+
+
+def _decays(run: Run) -> bool:
+    """Whether the learning rate depends on when the run is to end; on the Loops surface it comes with each step."""
+    schedule: str = run.config.get("optimizer", {}).get("lr_scheduler", "constant")
+    return schedule != "constant"
+
+
+def _noise_reasons(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> Iterator[str]:
+    if then == now:
+        return
+    if then is None or now is None:
+        yield "one of the two runs has differential privacy, the other has not"
+    elif {**then, "lineage": now["lineage"]} != now:
+        yield "differential privacy is configured differently"
+    else:
+        yield "another run draws noise of its own"

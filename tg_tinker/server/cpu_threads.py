@@ -22,7 +22,7 @@ POSITIONS = 64
 SMALL = 30_000_000  # parameters: below it one thread is best for decoding, and two collapse when others want the cores
 
 
-class Threads:
+class CpuThreads:
     """Sets the thread count of the calling thread, for the largest model that it has seen."""
 
     def __init__(self, fixed: int | None) -> None:

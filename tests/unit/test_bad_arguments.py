@@ -1,0 +1,89 @@
+"""What is wrong is said at the call, by a typed error that names it; nothing raw comes out of a library below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tg_tinker import BatchData, Datum, ModelInput, PoissonSampler, TensorData, TrainingConfig
+from tg_tinker.core.call import call
+from tg_tinker.errors import InvalidRequestError
+from tg_tinker.store.offline import open_artifact
+from tg_tinker.training import json_object
+from tg_tinker.types import losses
+from tg_tinker.wire import loops, tg
+
+HALF = "\ud800"  # half of a surrogate pair: text that UTF-8 cannot write
+
+
+class Letters:
+    """A tokenizer that knows letters, and refuses as the real ones do."""
+
+    eos_token_id = 0
+    pad_token_id = 0
+
+    def encode(self, text: str, **_: object) -> list[int]:
+        """One token a letter."""
+        if HALF in text:
+            raise TypeError("TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]")
+        return [ord(letter) for letter in text]
+
+
+def nested(depth: int) -> dict[str, Any]:
+    """A dict in a dict in a dict."""
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("tokenizer", lambda: BatchData.from_texts(None, ["a"])),  # type: ignore[arg-type]
+        ("texts[1]", lambda: BatchData.from_texts(Letters(), ["a", HALF])),  # type: ignore[arg-type]
+        ("texts[0]", lambda: BatchData.from_texts(Letters(), [3])),  # type: ignore[arg-type, list-item]
+        ("tokenizer", lambda: Datum.from_prompt_answer(None, "a", "b")),  # type: ignore[arg-type]
+        ("prompt", lambda: Datum.from_prompt_answer(Letters(), 3, "b")),  # type: ignore[arg-type]
+        ("answer", lambda: Datum.from_prompt_answer(Letters(), "a", HALF)),  # type: ignore[arg-type]
+        ("metadata", lambda: json_object("metadata", nested(100_000))),
+        ("dataset_size", lambda: PoissonSampler("a", 0.5)),  # type: ignore[arg-type]
+        ("sample_rate", lambda: PoissonSampler(5, "a")),  # type: ignore[arg-type]
+        ("path", lambda: TrainingConfig.from_yaml(None)),  # type: ignore[arg-type]
+        ("data", lambda: open_artifact(None, b"")),  # type: ignore[arg-type]
+    ],
+)
+def test_a_wrong_argument_is_named(field: str, wrong: Any) -> None:
+    """The error says which argument, for values that only a library further down used to refuse."""
+    with pytest.raises(InvalidRequestError) as caught:
+        wrong()
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: call(loops.SAVE_STATE, loops.SaveStateRequest(name=HALF)),
+        lambda: call(tg.FUTURE, parts={"id": HALF}),
+        lambda: call(tg.FUTURES, query={"status": HALF}),
+        lambda: call(loops.SAVE_STATE, {"ttl_seconds": 10**30}),
+    ],
+)
+def test_what_cannot_be_written_is_refused_at_the_call(wrong: Any) -> None:
+    """Half a surrogate pair, or an integer of more than 64 bits, never gets as far as a connection."""
+    with pytest.raises(InvalidRequestError, match="cannot be written"):
+        wrong()
+
+
+def test_a_misspelt_loss_input_is_refused_and_a_column_of_ones_own_is_not() -> None:
+    """A loss that would quietly go without its weights is refused by name; columns that no loss knows are carried."""
+
+    def datum(name: str) -> Datum:
+        return Datum(ModelInput.from_ints([1, 2]), {name: TensorData([1.0, 1.0], "float32")})
+
+    for name, meant in (("wieghts", "weights"), ("advantage", "advantages"), ("temperature", "temperatures")):
+        with pytest.raises(InvalidRequestError, match=f"the name '{meant}'") as caught:
+            losses.require_inputs("cross_entropy", [datum("weights"), datum(name)])
+        assert caught.value.field == f"data[1].loss_fn_inputs.{name}"
+    losses.require_inputs("cross_entropy", [datum("mask"), datum("old_logprobs"), datum("advantages")])
