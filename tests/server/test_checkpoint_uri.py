@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.server.training.checkpoint_uri import CheckpointUri
+from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 
 def test_a_uri_is_parsed_whole_and_printed_back():

@@ -234,6 +234,6 @@ async def test_a_time_to_live_holds_for_versions(serve, monkeypatch):
     await run.publish("x", ttl_seconds=600)
     await run.publish("x")
     monkeypatch.setattr(
-        "tg_tinker.server.serving.shelf.Stored.expired", property(lambda stored: stored.expires_at is not None)
+        "tg_tinker.server.weights.shelf.Stored.expired", property(lambda stored: stored.expires_at is not None)
     )
     assert await run.tokens([1, 2]) == ["SAMPLER_VERSION_NOT_FOUND", 13]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 
-from tg_tinker.server.serving.versions import LEASES, Version, Versions
+from tg_tinker.server.weights.versions import LEASES, Version, Versions
 
 
 def version(number: int) -> Version:

@@ -25,8 +25,8 @@ def past_runs(place: Path, held: Container[str]) -> list[dict[str, Any]]:
     Status "ended" is a run whose server is gone, "elsewhere" one that another server over the home holds now.
     """
     from tg_tinker.server.ownership import folder_of, has_ended
-    from tg_tinker.server.records.registry import DELETED
     from tg_tinker.server.settings import LOCAL_TENANT
+    from tg_tinker.server.training.registry import DELETED
 
     states = _newest_states(place, LOCAL_TENANT)
     rows = asyncio.run(_rows(place, LOCAL_TENANT))

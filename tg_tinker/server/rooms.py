@@ -12,6 +12,7 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError, ServerError, ServerRestartedError
 from tg_tinker.server.auth import Keys
+from tg_tinker.server.creation import Creation
 from tg_tinker.server.engine import Engine, TorchEngine
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.ownership import Ownership, folder_of
@@ -19,17 +20,16 @@ from tg_tinker.server.records.auditing import Auditing
 from tg_tinker.server.records.journal import Journal
 from tg_tinker.server.records.recording import Recording
 from tg_tinker.server.records.recovery import Recovery
-from tg_tinker.server.records.registry import Registry
 from tg_tinker.server.records.ticket_book import Tickets
 from tg_tinker.server.records.trail import Trail
-from tg_tinker.server.serving.models import Models
 from tg_tinker.server.serving.published import Published
 from tg_tinker.server.serving.samplers import Samplers
 from tg_tinker.server.settings import Settings
 from tg_tinker.server.sweeping import Sweeping
-from tg_tinker.server.training.creation import Creation
 from tg_tinker.server.training.exports import Exports
+from tg_tinker.server.training.registry import Registry
 from tg_tinker.server.training.runs import Runs
+from tg_tinker.server.weights.models import Models
 from tg_tinker.server.work.scheduler import Scheduler, tell
 
 if TYPE_CHECKING:

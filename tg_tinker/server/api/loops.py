@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from tg_tinker.errors import ResourceNotFoundError, TGTinkerError
+from tg_tinker.server import creation
 from tg_tinker.server.api import common
 from tg_tinker.server.records.tickets import Held, Ticket
-from tg_tinker.server.training import creation, loops_operations
-from tg_tinker.server.training.checkpoint_uri import CheckpointUri
+from tg_tinker.server.training import loops_operations
 from tg_tinker.server.training.runs import Run
 from tg_tinker.types import checks, losses
 from tg_tinker.types.loops import datums
 from tg_tinker.wire import codec, loops
+from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 T = TypeVar("T")
 

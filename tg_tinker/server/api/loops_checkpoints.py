@@ -13,10 +13,10 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.api import common
 from tg_tinker.server.middleware import event_id
 from tg_tinker.server.serving.published import check_serves
-from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse, LoraAdapterConfig
 from tg_tinker.wire import loops as wire
+from tg_tinker.wire.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 
 if TYPE_CHECKING:
     from tg_tinker.store.checkpoints import ArtifactRecord

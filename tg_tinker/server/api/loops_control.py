@@ -12,13 +12,13 @@ from aiohttp import web
 from tg_tinker.server.api import common, loops, samplers
 from tg_tinker.server.serving.published import check_serves
 from tg_tinker.server.serving.samplers import Sampler
-from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 from tg_tinker.server.training.runs import Run
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import ServerCapabilities, SupportedModel
 from tg_tinker.types.losses import LOSSES
 from tg_tinker.wire import codec, headers
 from tg_tinker.wire import loops as wire
+from tg_tinker.wire.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 
 _ACTIVE = wire.StatusName(name="ACTIVE")
 

@@ -12,11 +12,11 @@ from tg_tinker.server.api import common
 from tg_tinker.server.middleware import REQUEST_ID, error_response
 from tg_tinker.server.serving.published import Weights
 from tg_tinker.server.serving.samplers import Sampler
-from tg_tinker.server.serving.sampling import Completion, Generations, generate, seed_of
-from tg_tinker.server.training.checkpoint_uri import CheckpointUri
+from tg_tinker.server.work.generations import Completion, Generations, generate, seed_of
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import SampledSequence, SampleResponse
 from tg_tinker.wire import completions, headers, loops
+from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 BASE = "/loops/samplers/{sampler}"
 

@@ -1,1 +1,1 @@
-"""Serving: models, published versions, and the samples that are asked of them."""
+"""Serving: samplers, the weights that each is served by, and the samples that are asked of them."""

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import attrs
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
-from tg_tinker.server.serving.models import Model
-from tg_tinker.server.serving.shelf import Stored
-from tg_tinker.server.serving.versions import Version
-from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 from tg_tinker.server.training.runs import Run
+from tg_tinker.server.weights.models import Model
+from tg_tinker.server.weights.shelf import Stored
+from tg_tinker.server.weights.versions import Version
+from tg_tinker.wire.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 
 if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter

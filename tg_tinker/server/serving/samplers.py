@@ -15,9 +15,9 @@ from time import monotonic
 import attrs
 
 from tg_tinker.errors import ResourceNotFoundError
-from tg_tinker.server.serving.models import Model, Models
-from tg_tinker.server.training.checkpoint_uri import CheckpointUri
 from tg_tinker.server.training.runs import Run
+from tg_tinker.server.weights.models import Model, Models
+from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 MOST = 10_000  # samplers without a run; the one used longest ago is forgotten first
 

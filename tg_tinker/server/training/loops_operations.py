@@ -13,16 +13,16 @@ import attrs
 from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.server.engine import Engine
 from tg_tinker.server.records.tickets import Ticket
-from tg_tinker.server.serving.versions import Version
 from tg_tinker.server.training import states
-from tg_tinker.server.training.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 from tg_tinker.server.training.runs import Run
+from tg_tinker.server.weights.versions import Version
 from tg_tinker.server.work.operations import Offline, Steps
 from tg_tinker.server.work.scheduler import tell
 from tg_tinker.types import loops_results as results
 from tg_tinker.types.results import DPMetrics
 from tg_tinker.types.tensor import TensorData
 from tg_tinker.wire import loops
+from tg_tinker.wire.checkpoint_uri import SAMPLER_WEIGHTS, WEIGHTS, CheckpointUri
 
 if TYPE_CHECKING:
     from tg_tinker.engine.training.trainer import PassOutput

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, TGTinkerError
 from tg_tinker.server.records.tickets import Ticket
-from tg_tinker.server.serving.models import Model
-from tg_tinker.server.serving.versions import Versions
 from tg_tinker.server.training.passes import Passes
 from tg_tinker.server.training.private import PrivateTraining
+from tg_tinker.server.weights.models import Model
+from tg_tinker.server.weights.versions import Versions
 from tg_tinker.server.work.lanes import Lane
 from tg_tinker.server.work.operations import Offline
 from tg_tinker.types.results import DPMetrics, PrivacyReport

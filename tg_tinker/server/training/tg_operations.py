@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.engine import Engine
 from tg_tinker.server.records.tickets import Ticket
-from tg_tinker.server.serving.sampling import Completion, Generations, OnToken, seed_of
 from tg_tinker.server.training import states
 from tg_tinker.server.training.runs import Run
+from tg_tinker.server.work.generations import Completion, Generations, OnToken, seed_of
 from tg_tinker.server.work.operations import Detached, Done, Offline, Steps
 from tg_tinker.types import results
 from tg_tinker.wire import tg

@@ -14,15 +14,15 @@ import attrs
 from tg_tinker.errors import InvalidRequestError, ServerError, TGTinkerError
 from tg_tinker.server.records.ticket_book import key_reused
 from tg_tinker.server.records.tickets import Ticket, outcome_of
-from tg_tinker.server.serving.models import Model
-from tg_tinker.server.serving.versions import Versions
 from tg_tinker.server.training import loops_operations, tg_operations
-from tg_tinker.server.training.checkpoint_uri import CheckpointUri
 from tg_tinker.server.training.private import PrivateTraining
 from tg_tinker.server.training.runs import Run, Surface
+from tg_tinker.server.weights.models import Model
+from tg_tinker.server.weights.versions import Versions
 from tg_tinker.types import checks
 from tg_tinker.types.config import DPConfig, TrainingConfig
 from tg_tinker.wire import codec, loops
+from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 if TYPE_CHECKING:
     from tg_tinker.engine.training.trainer import Trainer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from tg_tinker.server.serving.shelf import Shelf
+from tg_tinker.server.weights.shelf import Shelf
 
 if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter

@@ -1,0 +1,1 @@
+"""Weights: base models in memory, and the versions that runs have published of their adapters."""
