@@ -14,7 +14,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, field: str, text: object, *, spec
     """The token ids of a text. Raises ``InvalidRequestError`` naming ``field`` for what is no text."""
     if not isinstance(text, str):
         raise checks.refuse(field, "a string", text)
-    options = {} if special else {"add_special_tokens": False}
+    options: dict[str, Any] = {} if special else {"add_special_tokens": False}
     try:
         return list(tokenizer.encode(text, **options))
     except TypeError as error:  # half a surrogate pair
