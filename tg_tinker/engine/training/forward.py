@@ -29,7 +29,7 @@ __all__ = ["Outcome", "hidden_states", "run", "target_logprobs"]
 
 Head = Callable[[Tensor], Tensor]  # (M, hidden) -> logits (M, vocabulary)
 
-_LOGITS_AT_ONCE = 1 << 22  # values: 16 MiB in fp32
+_LOGITS_AT_ONCE = 1 << 24  # values: 64 MiB in fp32
 _PLAIN_HEAD: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
