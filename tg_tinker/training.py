@@ -348,7 +348,7 @@ def json_object(field: str, value: object) -> dict[str, Any]:
     return plain
 
 
-def _as_numbers(value: object) -> object:
+def _as_numbers(value: Any) -> object:
     """The numbers of an array; what else there may be has none."""
     return value.tolist() if hasattr(value, "tolist") else None
 
