@@ -14,6 +14,7 @@ from fixtures.server_client import Answer, Client, datum
 from tg_tinker.errors import ServerError
 from tg_tinker.server.engine import TorchEngine
 from tg_tinker.server.middleware import ROOMS
+from tg_tinker.wire import headers
 
 PASS = {"data": [datum(1, 2, 3)], "loss_fn": "cross_entropy", "loss_fn_config": None}
 ADAM = {"adam_params": {"learning_rate": 4e-2}}
@@ -28,9 +29,9 @@ class Trained:
     sampler: str
 
     @classmethod
-    async def start(cls, client: Client) -> Trained:
+    async def start(cls, client: Client, **fields: object) -> Trained:
         """Make the run."""
-        return cls(client, *await client.trainer(MODEL))
+        return cls(client, *await client.trainer(MODEL, **fields))
 
     async def publish(self, *names: str, **fields: object) -> list[str]:
         """Train a step and publish it, once for each name; gives the artifacts."""
@@ -69,9 +70,9 @@ def files(home: Path, suffix: str) -> int:
 
 
 async def test_a_publish_that_failed_is_not_served(serve, monkeypatch):
-    """A version that could not be written is taken back: the newest is again the one before, for good or until more."""
+    """A version that could not be written, by itself or with a state, is taken back: the newest is the one before."""
     client = await serve()
-    run = await Trained.start(client)
+    run = await Trained.start(client, with_sampler=True)
     await run.publish("a")
     store = client.server.app[ROOMS].store
     save = store.save
@@ -80,12 +81,14 @@ async def test_a_publish_that_failed_is_not_served(serve, monkeypatch):
         raise ServerError("the disk is full")
 
     monkeypatch.setattr(store, "save", refuse)
-    failed = await client.operate(run.trainer, "save_weights_for_sampler", {"name": "b"})
-    assert (failed["status"], failed["error"]) == ("error", "the disk is full")
-    assert said(await run.ask()) == 12
+    for operation in ("save_weights_for_sampler", "save_state"):
+        failed = await client.operate(run.trainer, operation, {"name": "b"})
+        assert (failed["status"], failed["error"]) == ("error", "the disk is full")
+        assert (await run.ask()).headers[headers.SERVED_POLICY_VERSION] == "1"
     monkeypatch.setattr(store, "save", save)
     await run.publish("b")
-    assert (said(await run.ask()), await run.tokens([2, 3])) == (13, ["SAMPLER_VERSION_NOT_FOUND", 13])
+    gone = "SAMPLER_VERSION_NOT_FOUND"
+    assert await run.tokens([1, 2, 3, 4]) == [12, gone, gone, 13]
 
 
 async def test_a_version_outlives_its_name(serve):

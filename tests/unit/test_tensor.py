@@ -33,7 +33,7 @@ def test_numpy_arrays_keep_dtype_and_shape(dtype: str) -> None:
 @pytest.mark.parametrize("dtype", list(DTYPES))
 def test_torch_tensors_keep_dtype_and_shape(dtype: str) -> None:
     """A torch tensor of every dtype, bfloat16 too, survives the way in and out."""
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch tensors are taken where torch is installed")
     source = torch.arange(6).reshape(3, 2).to(getattr(torch, dtype))
     tensor = TensorData.from_torch(source)
     assert (tensor.dtype, tensor.shape) == (dtype, [3, 2])

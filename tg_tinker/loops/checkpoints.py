@@ -43,13 +43,8 @@ class RunCheckpoints(Closing):
         self, checkpoint_id: str, page_size: int = 1000, page_token: int = 0
     ) -> Flow[CheckpointFilesResponse]:
         """Return signed URLs of a checkpoint's files, page by page; ``checkpoint_id`` is its name or its ``id``."""
-        page = {
-            "page_size": arguments.whole("page_size", page_size, 1, 1000),
-            "page_token": arguments.whole("page_token", page_token, 0),
-        }
-        steps = partial(
-            plane.archive_page, self._core, arguments.text("checkpoint_id", checkpoint_id), page, run_id=self._run.id
-        )
+        wanted, page = arguments.text("checkpoint_id", checkpoint_id), plane.page(page_size, page_token)
+        steps = partial(plane.archive_page, self._core, wanted, page, run_id=self._run.id)
         return Flow(operation="get_checkpoint_archive_url", steps=steps)
 
     get_checkpoint_archive_url_async = twin(get_checkpoint_archive_url)

@@ -13,7 +13,7 @@ from tg_tinker.core.call import call
 from tg_tinker.core.reply import Reply
 from tg_tinker.core.run import RunCore
 from tg_tinker.errors import ResourceNotFoundError, ServerError, ServerUnreachableError
-from tg_tinker.types import checks
+from tg_tinker.types import arguments, checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse
 from tg_tinker.wire import codec, headers, loops
 
@@ -119,6 +119,14 @@ async def checkpoint_at(core: RunCore, path: str) -> Checkpoint:
         message = f"there is no checkpoint {path}"
         raise ResourceNotFoundError(message, resource_type="checkpoint", resource_id=path)
     return envelope.checkpoints[0]
+
+
+def page(page_size: object, page_token: object) -> dict[str, int]:
+    """Which part of a listing is asked for. Raises ``InvalidRequestError`` by name."""
+    return {
+        "page_size": arguments.whole("page_size", page_size, 1, 1000),
+        "page_token": arguments.whole("page_token", page_token, 0),
+    }
 
 
 async def archive_page(

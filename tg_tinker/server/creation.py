@@ -193,7 +193,7 @@ class Creation:
             tickets.accept(ticket, run.lane, partial(begin, ticket))
             await ticket.wait(None)
             await outcome_of(ticket)
-        except BaseException:
+        except BaseException:  # a failure, or a client that went away: nobody will ever know the run's id
             await self._forget(run)
             raise
 

@@ -45,10 +45,7 @@ class CheckpointService(ServiceBase):
         ``target`` tells a trainer's and a sampler's checkpoint of the same name apart.
         """
         wanted = download.wanted(checkpoint_id, name, run_id, target)
-        page = {
-            "page_size": arguments.whole("page_size", page_size, 1, 1000),
-            "page_token": arguments.whole("page_token", page_token, 0),
-        }
+        page = plane.page(page_size, page_token)
         steps = partial(plane.archive_page, self.core, wanted, page, run_id=run_id, target=target)
         return Flow(operation="get_checkpoint_archive_url", steps=steps)
 

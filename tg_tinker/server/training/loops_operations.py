@@ -78,15 +78,14 @@ def save_state(
     saving = states.save(
         run, store, kind=WEIGHTS, metadata=_described(run), name=request.name, expires_at=_expiry(request.ttl_seconds)
     )
-
     publishing = _publish(run, store, ticket, loop, request) if run.config.get("with_sampler") else None
 
     def write() -> results.SaveWeightsResponse:
+        if publishing is not None:  # first: its version is served already, and is durable or taken back by this
+            publishing.work()
         record = saving.work()
         ticket.produced.append(record.artifact_id)
         _move_name(run, store, record)
-        if publishing is not None:
-            publishing.work()
         return results.SaveWeightsResponse(mode="local", path=str(uri))
 
     return Offline(write)
@@ -135,7 +134,7 @@ def _publish(
                 expires_at=_expiry(request.ttl_seconds),
                 privacy=privacy,
             )
-        except BaseException:
+        except BaseException:  # whatever it was: a version that is nowhere on disk must not go on being served
             tell(loop, run.versions.withdraw, version.number)
             raise
         ticket.produced.append(record.artifact_id)

@@ -73,7 +73,7 @@ def load(
     going_on = run.restore_privacy(made["privacy"], with_step=complete)
     try:
         reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)
-    except BaseException:
+    except BaseException:  # whatever it was: the releases are united by now, and the step in progress is forgotten
         if run.privacy is not None:  # it no longer knows which examples the gathered gradient holds
             run.discard_gradients()
         raise

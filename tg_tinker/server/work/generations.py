@@ -11,7 +11,7 @@ import attrs
 
 from tg_tinker.errors import FutureCancelledError, TGTinkerError
 from tg_tinker.server.work.operations import Detached, Done
-from tg_tinker.server.work.scheduler import Scheduler, tell
+from tg_tinker.server.work.scheduler import Scheduler, settle, tell
 
 if TYPE_CHECKING:
     from tg_tinker.engine.sampling.generation import Generation, GenerationRequest
@@ -112,15 +112,7 @@ async def generate(scheduler: Scheduler, group: Generations) -> list[Completion]
     loop = asyncio.get_running_loop()
     future: asyncio.Future[list[Completion]] = loop.create_future()
 
-    def settle(result: Any, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-
-    scheduler.post(lambda: group.begin(lambda result, error: tell(loop, settle, result, error)))
+    scheduler.post(lambda: group.begin(lambda result, error: tell(loop, settle, future, result, error)))
     try:
         return await future
     except asyncio.CancelledError:

@@ -95,9 +95,9 @@ class Scheduler:
                 result = work()
             # Whatever it raises is the caller's, not the device thread's.
             except BaseException as error:  # noqa: BLE001
-                tell(loop, _settle, future, None, error)
+                tell(loop, settle, future, None, error)
             else:
-                tell(loop, _settle, future, result, None)
+                tell(loop, settle, future, result, None)
 
         self.post(run)
         return await future
@@ -287,7 +287,8 @@ def _stop(job: Job) -> None:
         job.detached.cancel()
 
 
-def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+def settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:
+    """End a future; one that ended meanwhile, because nobody waits any more, stays as it is."""
     if future.done():
         return
     if error is None:
