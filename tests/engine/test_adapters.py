@@ -42,11 +42,19 @@ def loss_gradients(base: BaseModel, adapter: Adapter, **settings) -> dict[str, T
 
 
 @pytest.mark.parametrize(
-    "targets", [None, ("q_proj", "v_proj"), ("model.layers.1.mlp.up_proj",), ("lm_head", "o_proj")]
+    ("targets", "saved"),
+    [
+        (None, ()),
+        (("q_proj", "v_proj"), ()),
+        (("model.layers.1.mlp.up_proj",), ()),
+        (("lm_head", "o_proj"), ()),
+        (("q_proj", "v_proj"), ("lm_head", "embed_tokens")),
+        (("k_proj",), ("layers.0.mlp", "model.norm", "layers.1.input_layernorm")),
+    ],
 )
-def test_forward_and_gradients_are_those_of_peft(targets: tuple[str, ...] | None) -> None:
-    """The same A and B in peft's own model give the same tensor names, logits and gradients."""
-    spec = attrs.evolve(SPEC, target_modules=targets)
+def test_forward_and_gradients_are_those_of_peft(targets: tuple[str, ...] | None, saved: tuple[str, ...]) -> None:
+    """The same tensors in peft's own model give the same names, logits and gradients, whole modules included."""
+    spec = attrs.evolve(SPEC, target_modules=targets, modules_to_save=saved)
     adapter = stir(adapters.create(tiny(), spec))
     oracle = peft_model(adapter)
     assert sorted(get_peft_model_state_dict(oracle, save_embedding_layers=False)) == list(adapter.named())
@@ -103,9 +111,11 @@ def test_a_seed_fixes_an_adapter() -> None:
     assert not torch.equal(one.parameters()[0], other.parameters()[0])
 
 
-def test_adapters_on_one_base_do_not_meet() -> None:
+@pytest.mark.parametrize("saved", [(), ("lm_head", "model.norm")])
+def test_adapters_on_one_base_do_not_meet(saved: tuple[str, ...]) -> None:
     """Each adapter's logits are its own, whatever was bound before or around it, and the base model stays itself."""
-    one, two = (stir(adapters.create(tiny(), SPEC), seed) for seed in (1, 2))
+    whole = attrs.evolve(SPEC, target_modules=("q_proj",), modules_to_save=saved)
+    one, two = (stir(adapters.create(tiny(), spec), seed) for seed, spec in ((1, whole), (2, SPEC)))
     plain, first = logits(tiny(), None), logits(tiny(), one)
     with active(tiny(), one):
         second = logits(tiny(), two)

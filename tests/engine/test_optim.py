@@ -20,9 +20,9 @@ VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "loss_vectors.json
 
 
 def parameters(dtype: torch.dtype = torch.float64) -> dict[str, nn.Parameter]:
-    """Two matrices with fixed values."""
+    """Two matrices and a vector with fixed values."""
     generator = torch.Generator().manual_seed(0)
-    shapes = {"a": (3, 5), "b": (4, 2)}
+    shapes = {"a": (3, 5), "b": (4, 2), "c": (6,)}
     return {name: nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for name, shape in shapes.items()}
 
 

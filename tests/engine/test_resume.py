@@ -15,6 +15,7 @@ from tg_tinker.engine.training.trainer import Trainer, TrainerState
 from tg_tinker.errors import InvalidRequestError
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.2)
+WHOLE = attrs.evolve(SPEC, target_modules=("q_proj", "up_proj"), modules_to_save=("lm_head", "model.norm"))
 ADAM = OptimizerSettings(learning_rate=1e-2, weight_decay=0.01, grad_clip_norm=1.0)
 
 
@@ -29,9 +30,9 @@ def train(run: Trainer, steps: range, between=lambda: None) -> list[float]:
     return losses
 
 
-def fresh(seed: int = 1, **settings) -> Trainer:
+def fresh(seed: int = 1, *, spec: AdapterSpec = SPEC, **settings) -> Trainer:
     """A run with dropout whose passes take several micro-batches."""
-    return trainer(spec=SPEC, seed=seed, **({"micro_batch_tokens": 64} | settings))
+    return trainer(spec=spec, seed=seed, **({"micro_batch_tokens": 64} | settings))
 
 
 def through_storage(state: TrainerState) -> TrainerState:
@@ -48,18 +49,18 @@ def same_tensors(one: Trainer, two: Trainer) -> bool:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_restored_run_continues_bit_for_bit(checkpointing) -> None:
+@pytest.mark.parametrize(("spec", "checkpointing"), [(SPEC, False), (SPEC, True), (WHOLE, True)])
+def test_a_restored_run_continues_bit_for_bit(spec, checkpointing) -> None:
     """Saved and restored half-way, dropout on, another run training in between: same losses, moments and tensors."""
-    straight = fresh(gradient_checkpointing=checkpointing)
+    straight = fresh(spec=spec, gradient_checkpointing=checkpointing)
     expected = train(straight, range(4))
 
-    before = fresh(gradient_checkpointing=checkpointing)
+    before = fresh(spec=spec, gradient_checkpointing=checkpointing)
     found = train(before, range(2))
     state = through_storage(before.state())
     train(before, range(7, 8))  # what happens to the old run after saving does not matter
 
-    after, neighbour = fresh(seed=99, gradient_checkpointing=checkpointing), fresh(seed=5)
+    after, neighbour = fresh(seed=99, spec=spec, gradient_checkpointing=checkpointing), fresh(seed=5)
     assert after.load(state, with_optimizer=True) == ()
     found += train(after, range(2, 4), lambda: train(neighbour, range(1)))
     assert found == expected

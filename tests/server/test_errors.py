@@ -48,7 +48,7 @@ BAD_CONFIGS = {
     "model_ref": {"model_ref": 3},
     "lora_config.rank": {"lora_config": {"rank": 0}},
     "lora_config.bias": {"lora_config": {"bias": "all"}},
-    "lora_config.modules_to_save": {"lora_config": {"modules_to_save": ["lm_head"]}},
+    "lora_config.modules_to_save": {"lora_config": {"modules_to_save": ["lm_head"]}, "dp_config": {}},
     "lora_config": {"lora_config": None},
     "optimizer.name": {"optimizer": {"name": "nope"}},
     "optimizer.learning_rate": {"optimizer": {"learning_rate": -1}},

@@ -14,7 +14,7 @@ from tg_tinker.store.peft_export import export_peft
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def make_model() -> LlamaForCausalLM:
+def make_model(*, tied: bool = False) -> LlamaForCausalLM:
     """Make a small seeded Llama."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -24,15 +24,29 @@ def make_model() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.mark.parametrize("targets", [None, ("q_proj", "down_proj")])
-def test_peft_loads_the_exported_folder(tmp_path: Path, targets: tuple[str, ...] | None) -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("targets", "saved"),
+    [
+        (None, None),
+        (("q_proj", "down_proj"), None),
+        (("q_proj",), ["lm_head", "model.norm", "layers.1.input_layernorm"]),
+        (("q_proj",), ["embed_tokens"]),
+    ],
+)
+def test_peft_loads_the_exported_folder(
+    tmp_path: Path, targets: tuple[str, ...] | None, saved: list[str] | None, tied: bool
+) -> None:
     """``PeftModel.from_pretrained`` gives the logits of the model that the tensors were trained in."""
     wanted = "all-linear" if targets is None else list(targets)
-    trained = get_peft_model(make_model(), LoraConfig(r=4, lora_alpha=12, target_modules=wanted)).eval()
+    settings = LoraConfig(r=4, lora_alpha=12, target_modules=wanted, modules_to_save=saved)
+    trained = get_peft_model(make_model(tied=tied), settings).eval()
     for parameter in trained.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
@@ -41,7 +55,7 @@ def test_peft_loads_the_exported_folder(tmp_path: Path, targets: tuple[str, ...]
     expected = trained(ids).logits
     extra = {**tensors, "exp_avg.something": torch.zeros(2)}
     export_peft(tmp_path / "adapter", extra, base_model="base", rank=4, alpha=12.0, target_modules=targets)
-    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(make_model(tied=tied), str(tmp_path / "adapter"))
     assert torch.equal(loaded(ids).logits, expected)
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
         "adapter_config.json",

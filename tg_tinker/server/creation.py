@@ -95,7 +95,8 @@ class Creation:
         return run
 
     async def _tg_run(self, tenant: str, config: TrainingConfig, checkpoint_id: str | None) -> Run:
-        _refuse_unsupported(config)
+        if config.lora_config.bias != "none":
+            raise checks.refuse("lora_config.bias", "'none': biases are not trained", config.lora_config.bias)
         rooms = self._rooms
         config = config if config.seed is not None else attrs.evolve(config, seed=secrets.randbits(63))
         model = await self._tg_model(config)
@@ -107,6 +108,7 @@ class Creation:
             "alpha": lora.alpha,
             "dropout": lora.dropout,
             "target_modules": lora.target_modules,
+            "modules_to_save": lora.modules_to_save,
             "seed": config.seed,
         }
         options = {
@@ -118,7 +120,12 @@ class Creation:
         run_id = f"tc-{uuid.uuid4()}"
         size = config.batch_size * config.gradient_accumulation_steps
         privacy = await self._privacy(run_id, config.dp_config, size, "one row of a batch")
-        trainer = await self._trainer(model, spec, options)
+        try:
+            trainer = await self._trainer(model, spec, options)
+        except InvalidRequestError as error:
+            if error.field not in spec:
+                raise
+            raise checks.located(error, "lora_config") from error
         run = await self._add(
             run_id=run_id, tenant=tenant, surface="tg", model=model, trainer=trainer, config=fields,
             max_steps=config.max_steps, privacy=privacy,
@@ -210,11 +217,3 @@ def loops_options(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _made_it(task: asyncio.Task[Run], run: Run) -> bool:
     return task.done() and not task.cancelled() and task.exception() is None and task.result() is run
-
-
-def _refuse_unsupported(config: TrainingConfig) -> None:
-    lora = config.lora_config
-    if lora.bias != "none":
-        raise checks.refuse("lora_config.bias", "'none': biases are not trained", lora.bias)
-    if lora.modules_to_save:
-        raise checks.refuse("lora_config.modules_to_save", "nothing: only adapters are trained", lora.modules_to_save)

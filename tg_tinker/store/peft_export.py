@@ -1,4 +1,4 @@
-"""Export LoRA tensors as a plain peft folder that ``PeftModel.from_pretrained`` loads. Nothing in it is sealed."""
+"""Export an adapter as a plain peft folder that ``PeftModel.from_pretrained`` loads. Nothing in it is sealed."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ def export_peft(
     dropout: float = 0.0,
     target_modules: Sequence[str] | None = None,
 ) -> Path:
-    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; tensors that are no LoRA weights are left out.
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``; what is no weight of the adapter is left out.
 
-    ``tensors`` are in peft naming: ``base_model.model.<layer>.lora_A.weight`` of shape (rank, in), B of (out, rank).
-    Raises ``InvalidRequestError`` where there are none.
+    ``tensors`` are in peft naming: ``base_model.model.<layer>.lora_A.weight`` of shape (rank, in), B of (out, rank),
+    ``base_model.model.<module>.weight`` where a module was trained whole. Raises ``InvalidRequestError`` where none is
+    a LoRA weight.
     """
     import safetensors.torch
     import torch
 
-    lora = {name: value for name, value in tensors.items() if name.startswith(_PREFIX) and name.endswith(_ENDS)}
-    if not lora:
+    weights = {name: value for name, value in tensors.items() if name.startswith(_PREFIX)}
+    names = [name.removeprefix(_PREFIX) for name in weights]
+    layers = sorted({name.rsplit(".", 2)[0] for name in names if name.endswith(_ENDS)})
+    if not layers:
         raise InvalidRequestError("tensors: expected LoRA weights in peft naming", field="tensors")
-    layers = sorted({name.removeprefix(_PREFIX).rsplit(".", 2)[0] for name in lora})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -51,8 +53,10 @@ def export_peft(
         "bias": "none",
         "inference_mode": True,
         "target_modules": sorted(target_modules or {layer.rsplit(".", 1)[-1] for layer in layers}),
+        # by their full names: peft takes every module whose name merely ends so
+        "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in names if not name.endswith(_ENDS)}) or None,
     }
-    plain = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in sorted(lora.items())}
+    plain = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in sorted(weights.items())}
     files.make_folder(folder)
     files.write(folder / "adapter_model.safetensors", safetensors.torch.save(plain, {"format": "pt"}))
     files.write(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode())

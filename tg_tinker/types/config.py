@@ -32,7 +32,9 @@ class LoRAConfig:
     """The low-rank adapter that is trained (Hu et al. 2021, arXiv:2106.09685).
 
     ``alpha / rank`` scales the update. ``target_modules`` are layer-name endings; each must match at least one layer.
-    The server trains adapters alone: it refuses a ``bias`` other than "none", and ``modules_to_save``.
+    ``modules_to_save`` are names, or their endings at a dot, of modules that are trained whole beside the adapter
+    (``"lm_head"``, ``"embed_tokens"``, ``"model.norm"``). None of them may hold an adapted layer, weights that the
+    model ties come apart, and differential privacy refuses them. A ``bias`` other than "none" is refused by the server.
     """
 
     rank: int = attrs.field(default=16, validator=checks.integer(1, 512))
@@ -191,10 +193,14 @@ class TrainingConfig:
             )
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a schedule that decays towards an end which is not given: no step could be taken with it."""
+        """Refuse what cannot go together: decaying towards no end, and privacy for more than an adapter."""
         if self.optimizer.lr_scheduler != "constant" and self.max_steps is None:
             wanted = f"a number of steps, for the {self.optimizer.lr_scheduler} schedule to decay over"
             raise checks.refuse("max_steps", wanted, None)
+        saved = self.lora_config.modules_to_save
+        if saved and self.dp_config is not None and self.dp_config.enabled:
+            wanted = "nothing under differential privacy: the gradients of adapters alone are clipped by example"
+            raise checks.refuse("lora_config.modules_to_save", wanted, saved)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> TrainingConfig:

@@ -124,13 +124,22 @@ class Kit:
         return base_model.load(tiny.NAME, home=Path("unused"), device="cpu")
 
     def adapter(
-        self, base: BaseModel, seed: int = 1, *, rank: int = 4, targets: tuple[str, ...] | None = None
+        self,
+        base: BaseModel,
+        seed: int = 1,
+        *,
+        rank: int = 4,
+        targets: tuple[str, ...] | None = None,
+        saved: tuple[str, ...] = (),
     ) -> FrozenAdapter:
-        """An adapter that changes the model's mind: B is not zero."""
-        adapter = adapters.create(base, adapters.AdapterSpec(rank, alpha=2.0 * rank, target_modules=targets, seed=seed))
+        """An adapter that changes the model's mind: B is not zero, and modules trained whole are not the base's."""
+        spec = adapters.AdapterSpec(rank, alpha=2.0 * rank, target_modules=targets, seed=seed, modules_to_save=saved)
+        adapter = adapters.create(base, spec)
         generator = torch.Generator().manual_seed(seed)
-        named = adapter.named()
-        adapter.load({n: torch.randn(t.shape, generator=generator) * 0.1 if "_B" in n else t for n, t in named.items()})
+        with torch.no_grad():
+            for name, parameter in adapter.parameter_dict().items():
+                if "lora_A" not in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         return adapter.snapshot()
 
     def prompt(self, length: int, seed: int = 0) -> tuple[int, ...]:

@@ -47,12 +47,14 @@ def test_two_thousand_requests_leave_nothing(kit):
     assert len(sampler._prefixes._shelves) <= 2
 
 
-def test_published_versions_are_collectable(kit):
+@pytest.mark.parametrize("saved", [(), ("lm_head", "k_proj")])
+def test_published_versions_are_collectable(kit, saved):
     """A version that nobody samples from any more is freed, its laid-out factors and cached prefixes with it."""
     base = kit.base("qwen3")
+    targets = ("q_proj", "down_proj")
     sampler = Sampler(base)
     for ending in ("done", "cancelled", "failed"):
-        adapters = [kit.adapter(base, seed) for seed in range(5)]
+        adapters = [kit.adapter(base, seed, targets=targets, saved=saved) for seed in range(5)]
         recorders = [kit.Recorder() for _ in adapters]
         handles = [
             sampler.submit(kit.request(kit.prompt(40), adapter=adapter), recorder)
@@ -64,7 +66,8 @@ def test_published_versions_are_collectable(kit):
             for handle in handles:
                 sampler.cancel(handle)
         if ending == "failed":
-            sampler._decoder._weights = None
+            for decoder in sampler._decoder._decoders():
+                decoder._weights = None
         kit.drain(sampler)
         assert all((recorder.error is not None) == (ending == "failed") for recorder in recorders)
         gone = [weakref.ref(adapter) for adapter in adapters]
@@ -72,4 +75,5 @@ def test_published_versions_are_collectable(kit):
         gc.collect()
         assert [reference() for reference in gone] == [None] * 5
         assert sampler._prefixes.size == 0
-        assert len(sampler._decoder._adapters) == 0
+        assert len(sampler._decoder._own) == 0
+        assert len(sampler._decoder._shared._adapters) == 0

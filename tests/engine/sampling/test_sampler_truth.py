@@ -25,11 +25,21 @@ def test_greedy_is_the_naive_loop_and_generate(kit, family):
     assert generated[0, 21:].tolist()[:clear] == naive[:clear]
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gpt-neox"])
-def test_greedy_with_an_adapter(kit, family):
-    """An adapter decodes as the model does with that adapter active, and differs from the base model."""
+@pytest.mark.parametrize(
+    ("family", "targets", "saved"),
+    [
+        ("qwen3", None, ()),
+        ("qwen3", ("q_proj", "up_proj"), ("lm_head", "embed_tokens", "model.norm")),
+        ("qwen3", ("o_proj",), ("q_proj", "q_norm", "layers.1.mlp", "input_layernorm")),
+        ("llama-biased", ("down_proj",), ("k_proj", "lm_head")),
+        ("gpt-neox", None, ()),
+        ("gpt-neox", ("dense",), ("lm_head", "embed_in", "final_layer_norm")),
+    ],
+)
+def test_greedy_with_an_adapter(kit, family, targets, saved):
+    """An adapter decodes as the model does with it active, whole modules included, and differs from the base model."""
     base = kit.base(family)
-    adapter, prompt = kit.adapter(base), kit.prompt(9)
+    adapter, prompt = kit.adapter(base, targets=targets, saved=saved), kit.prompt(9)
     naive, clear = kit.greedy(base, adapter, prompt, 40)
     (own,) = kit.run(Sampler(base), kit.request(prompt, adapter=adapter, temperature=0.0, max_tokens=40))
     assert list(own.tokens[:clear]) == naive[:clear]
@@ -55,9 +65,10 @@ def test_the_tiny_model_with_an_adapter(kit, tiny_base):
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt-neox"])
 def test_logprobs_are_those_of_the_forward_pass(kit, family, temperature):
-    """Logprobs of sampled tokens equal the model's own, five adapters and the base model in one batch."""
+    """Logprobs equal the model's own for five adapters, two with their own head, and the base model in one batch."""
     base = kit.base(family)
-    versions = [kit.adapter(base, seed, rank=2 + seed) for seed in range(5)] + [None, None]
+    versions = [kit.adapter(base, seed, rank=2 + seed, saved=("lm_head",) if seed > 2 else ()) for seed in range(5)]
+    versions += [None, None]
     requests = [
         kit.request(kit.prompt(5 + 13 * n), adapter=adapter, temperature=temperature, seed=n, max_tokens=40)
         for n, adapter in enumerate(versions)

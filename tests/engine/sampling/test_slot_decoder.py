@@ -15,6 +15,11 @@ from tg_tinker.errors import InvalidRequestError
 FAMILIES = ["llama", "llama-biased", "llama-scaled", "qwen2", "qwen3"]
 
 
+def slots(base):
+    """A decoder over the base model's own weights."""
+    return SlotDecoder(base, fused_weights.read(base.model), max_length=512)
+
+
 def read_whole(decoder, tokens, adapter=None, prefix=None, pieces=(10**6,)):
     """Read a prompt in pieces; give the prompt and every logit row after its prefix."""
     prompt = decoder.open(tokens, adapter, prefix)
@@ -31,7 +36,7 @@ def read_whole(decoder, tokens, adapter=None, prefix=None, pieces=(10**6,)):
 def test_prompts_give_the_logits_of_the_model(kit, family, pieces):
     """A prompt read at once or in pieces gives the logits of the model's forward pass, adapter or not."""
     base = kit.base(family)
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     for adapter in (None, kit.adapter(base)):
         tokens = kit.prompt(90)
         _, own = read_whole(decoder, tokens, adapter, pieces=pieces)
@@ -43,7 +48,7 @@ def test_prompts_give_the_logits_of_the_model(kit, family, pieces):
 def test_decoding_gives_the_logits_of_the_model(kit, family, adapters):
     """Sequences of many lengths and adapters that grow through the pools give the model's logits at every token."""
     base = kit.base(family)
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     versions = [kit.adapter(base, seed, rank=1 + seed) for seed in range(adapters)]
     texts = [list(kit.prompt(length)) for length in (3, 62, 63, 64, 65, 120, 127, 130, 9, 200)]
     owners = {}
@@ -71,7 +76,7 @@ def test_decoding_gives_the_logits_of_the_model(kit, family, adapters):
 def test_a_prompt_serves_many_sequences(kit):
     """Sequences that join from one prompt go on independently."""
     base = kit.base("llama")
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     tokens = kit.prompt(20)
     prompt, _ = read_whole(decoder, tokens)
     joined = [decoder.join(prompt, 5) for _ in range(3)]
@@ -85,7 +90,7 @@ def test_a_prefix_replaces_reading_it(kit):
     """A prompt that starts from the state of a prompt or of a running sequence gives the same logits."""
     base = kit.base("qwen3")
     adapter = kit.adapter(base)
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     tokens = kit.prompt(50)
     prompt, _ = read_whole(decoder, tokens, adapter)
     sequence = decoder.join(prompt, 1)
@@ -103,7 +108,7 @@ def test_a_prefix_replaces_reading_it(kit):
 def test_adapters_on_some_layers_only(kit, targets):
     """Adapters may cover any subset of the layers, the output head included, and mix with others in a batch."""
     base = kit.base("llama")
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     versions = [kit.adapter(base, 1, targets=targets), kit.adapter(base, 2), None, kit.adapter(base, 3, rank=9)]
     versions.append(kit.adapter(base, 4, targets=targets))
     chunks = [Chunk(decoder.open(kit.prompt(6 + n), adapter, None), 6 + n, 1) for n, adapter in enumerate(versions)]
@@ -131,7 +136,7 @@ def test_fusing_shares_memory_with_the_model(kit):
 def test_another_sequences_nan_is_not_seen(kit):
     """A row that held NaN is clean for the sequence that gets it next, and for its neighbours while it is there."""
     base = kit.base("llama")
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     prompt, _ = read_whole(decoder, kit.prompt(40))
     sick, healthy = decoder.join(prompt, 1), decoder.join(prompt, 1)
     for layer in sick.pool.layers:
@@ -149,7 +154,7 @@ def test_another_sequences_nan_is_not_seen(kit):
 def test_places_are_freed(kit):
     """When the last sequence of a pool leaves, its memory goes; a finished adapter leaves nothing behind."""
     base = kit.base("llama")
-    decoder = SlotDecoder(base, max_length=512)
+    decoder = slots(base)
     adapter = kit.adapter(base)
     prompt, _ = read_whole(decoder, kit.prompt(10), adapter)
     sequences = [decoder.join(prompt, 1) for _ in range(20)]
@@ -171,7 +176,7 @@ def test_places_are_freed(kit):
 def test_an_adapter_of_another_model_is_refused(kit):
     """An adapter whose layers do not fit is an error that names the field."""
     other = kit.adapter(kit.base("llama", hidden_size=64))
-    decoder = SlotDecoder(kit.base("llama"), max_length=512)
+    decoder = slots(kit.base("llama"))
     with pytest.raises(InvalidRequestError) as raised:
         decoder.open((1, 2), other, None)
     assert raised.value.field == "adapter"
@@ -203,7 +208,7 @@ def test_bfloat16_models_decode(kit):
     base = kit.base("qwen3")
     half = kit.wrap(base.model.bfloat16())
     adapter = kit.adapter(half)
-    _, own = read_whole(SlotDecoder(half, max_length=512), kit.prompt(20), adapter)
+    _, own = read_whole(slots(half), kit.prompt(20), adapter)
     expected = kit.logits(half, adapter, kit.prompt(20))
     assert own.dtype == torch.bfloat16
     assert float((own - expected).float().abs().mean()) < 0.02 * float(expected.float().std())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
-from tg_tinker.engine.sampling import slot_decoder, step_decoder
+from tg_tinker.engine.sampling import routed_decoder, step_decoder
 from tg_tinker.engine.sampling.sampler import Sampler
 from tg_tinker.engine.sampling.step_decoder import StepDecoder
 from tg_tinker.errors import InvalidRequestError
@@ -12,7 +12,7 @@ from tg_tinker.errors import InvalidRequestError
 def test_other_architectures_take_the_fallback(kit):
     """The sampler decodes what the slot decoder does not know step by step, and the rest not."""
     assert isinstance(Sampler(kit.base("gpt-neox"))._decoder, StepDecoder)
-    assert isinstance(Sampler(kit.base("qwen2"))._decoder, slot_decoder.SlotDecoder)
+    assert isinstance(Sampler(kit.base("qwen2"))._decoder, routed_decoder.RoutedDecoder)
 
 
 def test_requests_take_turns(kit):

@@ -1,33 +1,42 @@
 """LoRA adapters of many runs on one base model: made from a seed, bound for a pass, frozen for sampling.
 
 The tensors are named as peft names them (``base_model.model.<layer>.lora_A.weight``), so that export and import need
-no translation. How a layer applies an adapter is in ``lora_linear``; where tensors are stored is the store's affair.
+no translation. How a layer applies an adapter is in ``lora_linear``, what an adapter carries of whole modules in
+``saved_modules``; where tensors are stored is the store's affair.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import attrs
 import torch
 from torch import Tensor, nn
 
+from tg_tinker.engine.lora import saved_modules
 from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, LoRALinear, replace_linears
+from tg_tinker.engine.lora.saved_modules import matches
 from tg_tinker.engine.requirements import require
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Mapping
+    from collections.abc import Generator, Iterable, Mapping
 
     from tg_tinker.engine.models.base_model import BaseModel
 
 __all__ = ["Adapter", "AdapterSpec", "FrozenAdapter", "active", "check_tensors", "create", "install", "layer_names"]
 
+T = TypeVar("T", bound=Tensor)
+
 _PREFIX = "base_model.model."
 _LAYERS: WeakKeyDictionary[nn.Module, Mapping[str, LoRALinear]] = WeakKeyDictionary()
+
+
+def _names(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(names)
 
 
 @attrs.frozen
@@ -37,8 +46,11 @@ class AdapterSpec:
     rank: int
     alpha: float
     dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None  # None: every linear layer but the output head (peft "all-linear")
+    #: None: every linear layer but the output head (peft "all-linear")
+    target_modules: tuple[str, ...] | None = attrs.field(default=None, converter=attrs.converters.optional(_names))
     seed: int = 0
+    #: trained whole, beside the adapter
+    modules_to_save: tuple[str, ...] = attrs.field(default=(), converter=_names)
 
     def __attrs_post_init__(self) -> None:
         """Refuse what cannot be built with an ``InvalidRequestError`` that names the field."""
@@ -53,19 +65,21 @@ class AdapterSpec:
 
 
 class Adapter:
-    """One run's trainable LoRA tensors: fp32 masters, whatever dtype the base model computes in."""
+    """One run's trainable tensors: fp32 masters, whatever dtype the base model computes in."""
 
     def __init__(
-        self, spec: AdapterSpec, layers: Mapping[str, tuple[nn.Parameter, nn.Parameter]], compute_dtype: torch.dtype
+        self,
+        spec: AdapterSpec,
+        layers: Mapping[str, tuple[nn.Parameter, nn.Parameter]],
+        saved: Mapping[str, nn.Parameter],
+        compute_dtype: torch.dtype,
     ) -> None:
         self.spec = spec
         self.names = tuple(sorted(layers))
         self.layers = {name: layers[name] for name in self.names}
+        self.saved = dict(saved)  # of the modules that are trained whole, by their names in the model
         self._compute_dtype = compute_dtype
-        pairs: list[tuple[str, nn.Parameter]] = []
-        for name, (a, b) in self.layers.items():
-            pairs += [(_peft_name(name, "A"), a), (_peft_name(name, "B"), b)]
-        self._named = dict(sorted(pairs))
+        self._named = _peft_named(self.layers, self.saved)
 
     def __repr__(self) -> str:
         """Rank, number of layers and number of trainable values."""
@@ -106,7 +120,8 @@ class Adapter:
             name: (a.detach().to(self._compute_dtype, copy=True), b.detach().to(self._compute_dtype, copy=True))
             for name, (a, b) in self.layers.items()
         }
-        return FrozenAdapter(self.spec, self.spec.scale, layers)
+        saved = {name: value.detach().to(self._compute_dtype, copy=True) for name, value in self.saved.items()}
+        return FrozenAdapter(self.spec, self.spec.scale, layers, saved)
 
 
 @attrs.frozen(eq=False)
@@ -116,15 +131,11 @@ class FrozenAdapter:
     spec: AdapterSpec
     scale: float
     layers: Mapping[str, tuple[Tensor, Tensor]]  # layer name -> (A (rank, in), B (out, rank))
+    saved: Mapping[str, Tensor] = attrs.field(factory=dict[str, Tensor])  # parameter name -> what stands in its place
 
     def named(self) -> dict[str, Tensor]:
         """The tensors by peft name."""
-        pairs = [
-            (_peft_name(name, side), tensor)
-            for name, (a, b) in self.layers.items()
-            for side, tensor in (("A", a), ("B", b))
-        ]
-        return dict(sorted(pairs))
+        return _peft_named(self.layers, self.saved)
 
 
 def install(model: nn.Module) -> None:
@@ -144,18 +155,18 @@ def layer_names(base: BaseModel, target_modules: tuple[str, ...] | None) -> list
         names = [name for name, layer in layers.items() if layer is not head]
         require(bool(names), "target_modules", "a model with linear layers", base.name)
         return sorted(names)
-    problems = [target for target in target_modules if not any(_matches(name, target) for name in layers)]
+    problems = [target for target in target_modules if not any(matches(name, target) for name in layers)]
     if problems or not target_modules:
         suffixes = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
         message = f"target_modules {problems} match no linear layer of {base.name}; it has: {suffixes}"
         raise InvalidRequestError(message, field="target_modules", constraint=f"names among: {suffixes}")
-    return sorted(name for name in layers if any(_matches(name, target) for target in target_modules))
+    return sorted(name for name in layers if any(matches(name, target) for target in target_modules))
 
 
 def create(base: BaseModel, spec: AdapterSpec) -> Adapter:
     """Make a fresh adapter: A Kaiming-uniform as peft draws it, B zero, from ``spec.seed`` alone.
 
-    Raises ``InvalidRequestError`` when a target module does not exist.
+    Modules to save begin as they are in the base model. Raises ``InvalidRequestError`` when a module does not exist.
     """
     generator = torch.Generator().manual_seed(spec.seed)
     dtype = torch.promote_types(base.dtype, torch.float32)  # fp32 masters; float64 only above a float64 base
@@ -166,7 +177,8 @@ def create(base: BaseModel, spec: AdapterSpec) -> Adapter:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         b = torch.zeros(linear.out_features, spec.rank)
         layers[name] = (nn.Parameter(a.to(base.device, dtype)), nn.Parameter(b.to(base.device, dtype)))
-    return Adapter(spec, layers, base.dtype)
+    saved = saved_modules.copies(base.model, spec.modules_to_save, adapted=layers, dtype=dtype)
+    return Adapter(spec, layers, saved, base.dtype)
 
 
 @contextmanager
@@ -182,6 +194,7 @@ def active(
     ``dropout_seed`` turns dropout on and fixes it. ``recorder`` receives the per-example factors of the gradients, and
     ``grad`` then stays as it is. Backward belongs inside the same block, because checkpointing runs forward again.
     """
+    saved = {} if adapter is None else {name: value.to(base.dtype) for name, value in adapter.saved.items()}
     layers = _layers(base)
     before = {name: layer.binding for name, layer in layers.items() if layer.binding is not None}
     for name in before:
@@ -191,7 +204,8 @@ def active(
             spec = adapter.spec
             for name, (a, b) in adapter.layers.items():
                 layers[name].binding = Binding(a, b, spec.scale, spec.dropout, dropout_seed, recorder)
-        yield
+        with saved_modules.in_place(base.model, saved):
+            yield
     finally:
         for name in () if adapter is None else adapter.layers:
             layers[name].binding = None
@@ -226,10 +240,9 @@ def _layers(base: BaseModel) -> Mapping[str, LoRALinear]:
     return _LAYERS[base.model]
 
 
-def _matches(name: str, target: str) -> bool:
-    """Say whether peft's rule holds: the full name, or its end at a dot."""
-    return name == target or name.endswith("." + target)
-
-
-def _peft_name(layer: str, side: str) -> str:
-    return f"{_PREFIX}{layer}.lora_{side}.weight"
+def _peft_named(layers: Mapping[str, tuple[T, T]], saved: Mapping[str, T]) -> dict[str, T]:
+    """Name every tensor as peft does, in the order of the names."""
+    pairs = {f"{_PREFIX}{name}": value for name, value in saved.items()}
+    for name, (a, b) in layers.items():
+        pairs |= {f"{_PREFIX}{name}.lora_A.weight": a, f"{_PREFIX}{name}.lora_B.weight": b}
+    return dict(sorted(pairs.items()))

@@ -1,6 +1,7 @@
 """What the sampler asks of a decoder: read prompts in chunks, then give logits for one more token of every sequence.
 
-``slot_decoder`` and ``step_decoder`` are the two that exist. Neither samples; neither knows a request.
+``routed_decoder`` (over ``slot_decoder``) and ``step_decoder`` are the two that exist. Neither samples; neither knows a
+request.
 """
 
 from __future__ import annotations

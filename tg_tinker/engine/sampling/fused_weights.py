@@ -100,9 +100,16 @@ def unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def read(model: PreTrainedModel) -> DecoderWeights:
-    """Collect the weights of ``model``, fusing them in place; doing it twice changes nothing."""
+def read(model: PreTrainedModel, *, in_place: bool = True) -> DecoderWeights:
+    """Collect the weights of ``model``, fusing them in place; doing it twice changes nothing.
+
+    Not ``in_place``, the model is left alone, and what does not lie together in memory is copied.
+    """
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    if in_place:
+        for layer in cast("Any", model).model.layers:
+            _fuse(_qkv(layer))
+            _fuse(_gate_up(layer))
     body, config = cast("Any", model).model, cast("Any", model.config)
     return DecoderWeights(
         embedding=body.embed_tokens.weight,
@@ -117,15 +124,23 @@ def read(model: PreTrainedModel) -> DecoderWeights:
     )
 
 
+def _qkv(layer: Any) -> list[nn.Linear]:
+    return [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj]
+
+
+def _gate_up(layer: Any) -> list[nn.Linear]:
+    return [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
 def _layer(layer: Any, names: dict[nn.Module, str]) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         attention_norm=layer.input_layernorm.weight,
-        qkv=_projection([attention.q_proj, attention.k_proj, attention.v_proj], names),
+        qkv=_projection(_qkv(layer), names),
         head_norm=_head_norm(attention),
         attention_out=_projection([attention.o_proj], names),
         mlp_norm=layer.post_attention_layernorm.weight,
-        gate_up=_projection([mlp.gate_proj, mlp.up_proj], names),
+        gate_up=_projection(_gate_up(layer), names),
         down=_projection([mlp.down_proj], names),
     )
 
@@ -146,24 +161,32 @@ def _projection(linears: Sequence[nn.Linear], names: dict[nn.Module, str]) -> Pr
         parts.append((names[linear], row, row + linear.out_features))
         row += linear.out_features
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    return Projection(_fused(linears), torch.cat(biases) if biases else None, tuple(parts))
+    return Projection(
+        _joined([linear.weight.detach() for linear in linears]), torch.cat(biases) if biases else None, tuple(parts)
+    )
 
 
 @torch.no_grad()
-def _fused(linears: Sequence[nn.Linear]) -> Tensor:
+def _fuse(linears: Sequence[nn.Linear]) -> None:
     """Put the weights below one another in one block of memory, and leave the layers as views of it."""
     weights = [linear.weight for linear in linears]
-    if len(weights) == 1:
-        return weights[0].detach()
-    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
     if _adjacent(weights):
-        return weights[0].detach().as_strided(shape, weights[0].stride())
-    fused = torch.cat([weight.detach() for weight in weights])
+        return
     row = 0
+    block = torch.cat(weights)
     for weight in weights:
-        weight.data = fused[row : row + weight.shape[0]]
+        weight.data = block[row : row + weight.shape[0]]
         row += weight.shape[0]
-    return fused
+
+
+def _joined(weights: Sequence[Tensor]) -> Tensor:
+    """Give weights below one another: where they lie so, without a copy."""
+    if len(weights) == 1:
+        return weights[0]
+    if not _adjacent(weights):
+        return torch.cat(list(weights))
+    shape = (sum(weight.shape[0] for weight in weights), weights[0].shape[1])
+    return weights[0].as_strided(shape, weights[0].stride())
 
 
 def _adjacent(weights: Sequence[Tensor]) -> bool:

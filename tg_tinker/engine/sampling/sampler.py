@@ -21,8 +21,8 @@ from tg_tinker.engine.sampling.detokenize import decoder_of
 from tg_tinker.engine.sampling.generation import Generation, GenerationRequest, Listener
 from tg_tinker.engine.sampling.prefill import PrefillJob, pace, share_out, tokens_a_tick
 from tg_tinker.engine.sampling.prefix_cache import PrefixCache
+from tg_tinker.engine.sampling.routed_decoder import RoutedDecoder
 from tg_tinker.engine.sampling.sampling_batch import SamplingBatch
-from tg_tinker.engine.sampling.slot_decoder import SlotDecoder
 from tg_tinker.engine.sampling.step_decoder import StepDecoder
 from tg_tinker.engine.sampling.stream import Stream
 
@@ -67,7 +67,7 @@ class Sampler:
         self._slots = slots
         self._max_length = min(max_length or base.max_length, base.max_length)
         if fused_weights.unsupported(base.model) is None:
-            self._decoder: Decoder = SlotDecoder(base, max_length=self._max_length)
+            self._decoder: Decoder = RoutedDecoder(base, max_length=self._max_length)
         else:
             self._decoder = StepDecoder(base)
         head = cast("nn.Linear", base.model.get_output_embeddings())

@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch.nn import functional
 
-from tg_tinker.engine.sampling import fused_lora, fused_weights
+from tg_tinker.engine.sampling import fused_lora
 from tg_tinker.engine.sampling.attention import PoolSpan, PromptSpan, Span
 from tg_tinker.engine.sampling.decoder import Prompt
 from tg_tinker.engine.sampling.fused_lora import AdapterRows, FusedAdapter, Stacks
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter
     from tg_tinker.engine.models.base_model import BaseModel
     from tg_tinker.engine.sampling.decoder import Chunk, DecodingSequence
+    from tg_tinker.engine.sampling.fused_weights import DecoderWeights
 
 __all__ = ["SlotDecoder"]
 
@@ -51,16 +52,15 @@ class _Plan:
 
 
 class SlotDecoder:
-    """A decoder for models that ``fused_weights.unsupported`` has nothing against."""
+    """A decoder over ``weights``, for models that ``fused_weights.unsupported`` has nothing against."""
 
     whole_prompts = False
     reuses_prefixes = True
 
-    def __init__(self, base: BaseModel, *, max_length: int) -> None:
-        self._weights = fused_weights.read(base.model)
+    def __init__(self, base: BaseModel, weights: DecoderWeights, *, max_length: int) -> None:
+        self._weights = weights
         self._device = base.device
-        self._rotary = RotaryTable(self._weights.rotary, device=base.device, dtype=base.dtype)
-        weights = self._weights
+        self._rotary = RotaryTable(weights.rotary, device=base.device, dtype=base.dtype)
         like = torch.empty(weights.key_heads, weights.head_size, dtype=base.dtype, device=base.device)
         self._like = like
         self._cache = KeyValueCache(len(weights.layers), like, max_length)

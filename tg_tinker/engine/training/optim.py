@@ -94,7 +94,7 @@ class Optimizer:
             f"{kind}.{name}": value
             for name, parameter in self._parameters.items()
             for kind, value in self._engine.state[parameter].items()
-            if kind in _MOMENTS[cast("str", self.name)] and value is not None
+            if kind in _moments(cast("str", self.name), parameter) and value is not None
         }
 
     def counters(self) -> dict[str, Any]:
@@ -113,16 +113,16 @@ class Optimizer:
             self.reset()
             return
         require(name in _ENGINES, "optimizer.name", f"one of {', '.join(_ENGINES)}", name)
-        require(set(kinds) <= set(_MOMENTS[name]), "optimizer.kinds", f"among {sorted(_MOMENTS[name])}", kinds)
-        shapes = {
-            f"{kind}.{key}": _MOMENTS[name][kind](parameter)
+        require(set(kinds) <= set(_KINDS[name]), "optimizer.kinds", f"among {_KINDS[name]}", kinds)
+        kept = {
+            key: {kind: value for kind, value in _moments(name, parameter).items() if kind in kinds}
             for key, parameter in self._parameters.items()
-            for kind in kinds
         }
+        shapes = {f"{kind}.{key}": value for key, moments in kept.items() for kind, value in moments.items()}
         check_tensors(tensors, shapes, field="optimizer", same_dtype=True)
         engine = _ENGINES[name](list(self._parameters.values()))
         for key, parameter in self._parameters.items():
-            moments = {kind: tensors[f"{kind}.{key}"].to(parameter.device, copy=True) for kind in kinds}
+            moments = {kind: tensors[f"{kind}.{key}"].to(parameter.device, copy=True) for kind in kept[key]}
             engine.state[parameter] = {**moments, **_step_entries(name, steps, parameter)}
         self.name, self.steps, self._engine = name, steps, engine
 
@@ -160,16 +160,14 @@ def _adafactor(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return Adafactor(parameters, lr=0.0, scale_parameter=False, relative_step=False, warmup_init=False)
 
 
-def _whole(parameter: Tensor) -> Tensor:
-    return parameter.new_empty(parameter.shape, device="meta")
-
-
-def _rows(parameter: Tensor) -> Tensor:
-    return parameter.new_empty(parameter.shape[:-1], device="meta")
-
-
-def _columns(parameter: Tensor) -> Tensor:
-    return parameter.new_empty(parameter.shape[:-2] + parameter.shape[-1:], device="meta")
+def _moments(name: str, parameter: Tensor) -> dict[str, Tensor]:
+    """Give what an optimizer may keep of a parameter, as tensors without data; Adafactor factors matrices alone."""
+    shape = parameter.shape
+    shapes = dict.fromkeys(_KINDS[name], shape)
+    if name == "adafactor":
+        rows, columns = {"exp_avg_sq_row": shape[:-1]}, {"exp_avg_sq_col": shape[:-2] + shape[-1:]}
+        shapes = {**rows, **columns} if len(shape) > 1 else {"exp_avg_sq": shape}
+    return {kind: parameter.new_empty(size, device="meta") for kind, size in shapes.items()}
 
 
 _ENGINES: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -178,11 +176,11 @@ _ENGINES: dict[str, Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]] =
     "sgd": _sgd,
     "adafactor": _adafactor,
 }
-_MOMENTS: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-    "adamw": {"exp_avg": _whole, "exp_avg_sq": _whole},
-    "adam": {"exp_avg": _whole, "exp_avg_sq": _whole},
-    "sgd": {"momentum_buffer": _whole},
-    "adafactor": {"exp_avg_sq_row": _rows, "exp_avg_sq_col": _columns},
+_KINDS = {
+    "adamw": ["exp_avg", "exp_avg_sq"],
+    "adam": ["exp_avg", "exp_avg_sq"],
+    "sgd": ["momentum_buffer"],
+    "adafactor": ["exp_avg_sq", "exp_avg_sq_col", "exp_avg_sq_row"],
 }
 
 

@@ -123,9 +123,8 @@ class Published:
         if made["base_digest"] != model.base.digest:
             message = f"path: it was trained on {made['base_model']}, this sampler serves {model.ref}"
             raise InvalidRequestError(message, field="path", constraint=f"an adapter of {model.ref}")
-        spec = {**loaded.counters["spec"]}
-        spec["target_modules"] = None if spec["target_modules"] is None else tuple(spec["target_modules"])
-        thaw: Callable[[], Any] = lambda: self._rooms.engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
+        spec, engine = loaded.counters["spec"], self._rooms.engine
+        thaw: Callable[[], Any] = lambda: engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
         return Weights(await self._rooms.scheduler.call(thaw), int(loaded.record.metadata.get("version", 0)))
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tg_tinker.errors import InvalidRequestError
+from tg_tinker.types import checks
 from tg_tinker.types.batch import IGNORED
 from tg_tinker.types.config import DPConfig
 from tg_tinker.types.losses import spec_of
@@ -70,7 +71,12 @@ class PrivateTraining:
         return {"lineage": self.policy.ledger.lineage, **{name: getattr(settings, name) for name in names}}
 
     def attach(self, trainer: Trainer) -> None:
-        """Let every training pass of this trainer clip its gradients by example."""
+        """Let every training pass of this trainer clip its gradients by example.
+
+        Raises ``InvalidRequestError`` where it trains more than an adapter: nothing would clip those gradients.
+        """
+        if trainer.adapter.saved:
+            raise checks.refuse("modules_to_save", "nothing under differential privacy", list(trainer.adapter.saved))
         trainer.per_example = self._recorder
 
     def admit(self, rows: Sequence[Row], loss_fn: str, *, step: int) -> None:
