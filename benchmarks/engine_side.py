@@ -24,7 +24,7 @@ class EngineSide:
 
         from tg_tinker.engine.lora.adapters import AdapterSpec
         from tg_tinker.engine.models import base_model
-        from tg_tinker.engine.training.optim import OptimizerSettings
+        from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
         from tg_tinker.engine.training.trainer import Trainer
 
         torch.set_num_threads(threads)

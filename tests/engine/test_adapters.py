@@ -13,7 +13,7 @@ from peft import get_peft_model_state_dict
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora import adapters, lora_linear
 from tg_tinker.engine.lora.adapters import Adapter, AdapterSpec, FrozenAdapter, active
 from tg_tinker.engine.lora.lora_linear import GradientFactors, LoRALinear
 from tg_tinker.engine.models import tiny as tiny_module
@@ -249,8 +249,8 @@ def test_installing_twice_changes_nothing_and_keeps_the_weights() -> None:
     model = tiny_module.make_model()
     model.lm_head.weight = model.model.embed_tokens.weight
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
-    adapters.install(model)
-    adapters.install(model)
+    lora_linear.install(model)
+    lora_linear.install(model)
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
     assert isinstance(model.lm_head, LoRALinear)
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import Adafactor, get_scheduler
 
 from tg_tinker.engine.training.gradients import GradientSum
-from tg_tinker.engine.training.optim import Optimizer, OptimizerSettings, learning_rate_at
+from tg_tinker.engine.training.optim import Optimizer
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
+from tg_tinker.engine.training.schedules import learning_rate_at
 from tg_tinker.errors import InvalidRequestError, OperationFailedError
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "loss_vectors.json").read_text())

@@ -10,7 +10,7 @@ import torch
 from fixtures.training import drive, gradients, random_rows, tiny, trainer
 
 from tg_tinker.engine.lora.adapters import AdapterSpec
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.engine.training.trainer import Trainer, TrainerState
 from tg_tinker.errors import InvalidRequestError
 

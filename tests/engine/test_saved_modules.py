@@ -12,7 +12,7 @@ from torch.nn import functional
 from tg_tinker.engine.lora import adapters
 from tg_tinker.engine.lora.adapters import AdapterSpec
 from tg_tinker.engine.training import forward
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.errors import InvalidRequestError
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"), modules_to_save=("lm_head", "model.norm"))

@@ -10,7 +10,7 @@ from fixtures.training import drive, gradients, random_rows, trainer
 
 from tg_tinker.engine.lora.adapters import AdapterSpec, active
 from tg_tinker.engine.training.batching import Row, rows_from_batch
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.batch import BatchData
 

@@ -13,7 +13,7 @@ from fixtures.training import drive, gradients, random_rows, tiny, trainer
 from tg_tinker.engine.lora.adapters import AdapterSpec
 from tg_tinker.engine.training import forward
 from tg_tinker.engine.training.batching import Row, rows_from_batch, rows_from_data
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.engine.training.trainer import Trainer
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, ServerError
 from tg_tinker.types.batch import BatchData

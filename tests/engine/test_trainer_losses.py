@@ -9,7 +9,7 @@ import torch
 from fixtures.training import drive, gradients, random_rows, stir, tiny, trainer
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora import adapters, lora_linear
 from tg_tinker.engine.lora.adapters import AdapterSpec, active
 from tg_tinker.engine.lora.lora_linear import GradientFactors
 from tg_tinker.engine.training import forward
@@ -164,7 +164,7 @@ def test_an_architecture_that_treats_its_logits_is_trained_right() -> None:
     model = Gemma2ForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.mul_(8.0)
-    adapters.install(model)
+    lora_linear.install(model)
     base = attrs.evolve(tiny(), name="gemma", model=model, vocab_size=64, max_length=128)
     run = Trainer(base, AdapterSpec(rank=2, alpha=2.0), reduction="token_mean", seed=0)
     stir(run.adapter)

@@ -18,7 +18,7 @@ from fixtures.private_runs import Private, make_rows, make_trainer, one_by_one
 from scipy.stats import beta
 
 from tg_tinker.engine.models.base_model import BaseModel
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.privacy import clipping
 
 RUNS = int(os.environ.get("TG_TINKER_ATTACK_RUNS", "40"))

@@ -23,7 +23,7 @@ from fixtures.private_runs import (
 
 from tg_tinker.engine.models.base_model import BaseModel
 from tg_tinker.engine.training.batching import Row
-from tg_tinker.engine.training.optim import OptimizerSettings
+from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.engine.training.trainer import TrainerState
 from tg_tinker.errors import DPBudgetExceededError, InvalidRequestError, OperationFailedError
 from tg_tinker.privacy.accountant import Mechanism, spent

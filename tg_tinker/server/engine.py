@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tg_tinker.engine.models.base_model import BaseModel
     from tg_tinker.engine.sampling.generation import GenerationRequest
     from tg_tinker.engine.sampling.sampler import Sampler
-    from tg_tinker.engine.training.optim import OptimizerSettings
+    from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
     from tg_tinker.engine.training.trainer import Trainer, TrainerState
 
 
@@ -123,8 +123,8 @@ class TorchEngine:
         )
 
     def optimizer(self, **fields: Any) -> OptimizerSettings:
-        """Settings of ``engine.training.optim``."""
-        from tg_tinker.engine.training.optim import OptimizerSettings
+        """Settings of ``engine.training.optimizer_settings``."""
+        from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 
         return OptimizerSettings(**fields)
 

@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora import adapters, lora_linear
 from tg_tinker.engine.models import base_model, tiny
 from tg_tinker.engine.models.base_model import BaseModel
 from tg_tinker.engine.sampling.sampler import Generation, GenerationRequest, Sampler
@@ -106,7 +106,7 @@ class Kit:
         """What ``base_model.load`` would make of the model."""
         model.requires_grad_(False).eval()
         model.generation_config.eos_token_id = None
-        adapters.install(model)
+        lora_linear.install(model)
         return BaseModel(
             name="random",
             model=model,

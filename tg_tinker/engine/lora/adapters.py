@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from tg_tinker.engine.lora import saved_modules
-from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, LoRALinear, replace_linears
+from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, layers_of
 from tg_tinker.engine.lora.saved_modules import matches
 from tg_tinker.engine.requirements import require
 from tg_tinker.errors import InvalidRequestError
@@ -27,12 +26,11 @@ if TYPE_CHECKING:
 
     from tg_tinker.engine.models.base_model import BaseModel
 
-__all__ = ["Adapter", "AdapterSpec", "FrozenAdapter", "active", "check_tensors", "create", "install", "layer_names"]
+__all__ = ["Adapter", "AdapterSpec", "FrozenAdapter", "active", "check_tensors", "create", "layer_names"]
 
 T = TypeVar("T", bound=Tensor)
 
 _PREFIX = "base_model.model."
-_LAYERS: WeakKeyDictionary[nn.Module, Mapping[str, LoRALinear]] = WeakKeyDictionary()
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:
@@ -138,18 +136,12 @@ class FrozenAdapter:
         return _peft_named(self.layers, self.saved)
 
 
-def install(model: nn.Module) -> None:
-    """Make every linear layer of ``model`` able to carry an adapter; doing it twice changes nothing."""
-    if model not in _LAYERS:
-        _LAYERS[model] = replace_linears(model)
-
-
 def layer_names(base: BaseModel, target_modules: tuple[str, ...] | None) -> list[str]:
     """Name the layers that an adapter covers, as peft would choose them, sorted.
 
     Raises ``InvalidRequestError`` when a target matches no linear layer, or the model has none.
     """
-    layers = _layers(base)
+    layers = layers_of(base.model)
     if target_modules is None:
         head = cast("nn.Module | None", base.model.get_output_embeddings())
         names = [name for name, layer in layers.items() if layer is not head]
@@ -172,7 +164,7 @@ def create(base: BaseModel, spec: AdapterSpec) -> Adapter:
     dtype = torch.promote_types(base.dtype, torch.float32)  # fp32 masters; float64 only above a float64 base
     layers: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
     for name in layer_names(base, spec.target_modules):
-        linear = _layers(base)[name]
+        linear = layers_of(base.model)[name]
         a = torch.empty(spec.rank, linear.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         b = torch.zeros(linear.out_features, spec.rank)
@@ -195,7 +187,7 @@ def active(
     ``grad`` then stays as it is. Backward belongs inside the same block, because checkpointing runs forward again.
     """
     saved = {} if adapter is None else {name: value.to(base.dtype) for name, value in adapter.saved.items()}
-    layers = _layers(base)
+    layers = layers_of(base.model)
     before = {name: layer.binding for name, layer in layers.items() if layer.binding is not None}
     for name in before:
         layers[name].binding = None
@@ -234,10 +226,6 @@ def check_tensors(
         message = f"the tensors do not fit: {min(problems)} ({len(problems)} in all)"
         constraint = "the same names and shapes, finite values"
         raise InvalidRequestError(message, field=field, constraint=constraint, problems=sorted(problems))
-
-
-def _layers(base: BaseModel) -> Mapping[str, LoRALinear]:
-    return _LAYERS[base.model]
 
 
 def _peft_named(layers: Mapping[str, tuple[T, T]], saved: Mapping[str, T]) -> dict[str, T]:

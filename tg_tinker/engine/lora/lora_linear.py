@@ -7,6 +7,7 @@ one backward. Which adapter is bound, and for how long, is decided in ``adapters
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import attrs
 import torch
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["Binding", "GradientFactors", "GradientRecorder", "LoRALinear", "mix", "replace_linears"]
+__all__ = ["Binding", "GradientFactors", "GradientRecorder", "LoRALinear", "install", "layers_of", "mix"]
 
 _MASK_64 = (1 << 64) - 1
+_LAYERS: WeakKeyDictionary[nn.Module, Mapping[str, LoRALinear]] = WeakKeyDictionary()
 
 
 class GradientRecorder(Protocol):
@@ -129,8 +131,19 @@ def _input_grad(grad: Tensor, hidden_grad: Tensor, weight: Tensor, a: Tensor, ma
     return x_grad.add_(torch.mm(hidden_grad.t(), a.to(grad.dtype)).mul_(mask.reshape(x_grad.shape)))
 
 
-def replace_linears(model: nn.Module) -> Mapping[str, LoRALinear]:
-    """Turn every ``nn.Linear`` of ``model`` into a :class:`LoRALinear`, in place; a second call changes nothing."""
+def install(model: nn.Module) -> None:
+    """Make every linear layer of ``model`` able to carry an adapter; doing it twice changes nothing."""
+    if model not in _LAYERS:
+        _LAYERS[model] = _replace_linears(model)
+
+
+def layers_of(model: nn.Module) -> Mapping[str, LoRALinear]:
+    """Give the layers that :func:`install` made, by name."""
+    return _LAYERS[model]
+
+
+def _replace_linears(model: nn.Module) -> Mapping[str, LoRALinear]:
+    """Turn every ``nn.Linear`` of ``model`` into a :class:`LoRALinear`, in place."""
     modules = list(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
     for name, module in modules:
         # Exactly nn.Linear: a subclass (a quantised layer, say) has a forward of its own that must not be lost.

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tg_tinker.engine import memory
-from tg_tinker.engine.lora import adapters
+from tg_tinker.engine.lora import lora_linear
 from tg_tinker.engine.models import fingerprint, hub, models_home, tiny
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 
@@ -78,7 +78,7 @@ def load(
         report(f"moving {ref} to {place}")
         nn.Module.to(model, device=place)
     model.requires_grad_(False).eval()  # noqa: FBT003 - torch's own signature
-    adapters.install(model)
+    lora_linear.install(model)
     return BaseModel(
         name=ref,
         model=model,

@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from tg_tinker.engine.training.optimizer_settings import CYCLES
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from tg_tinker.engine.training.optim import OptimizerSettings
+    from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 
-__all__ = ["CYCLES", "learning_rate_at"]
-
-CYCLES = {"cosine": 0.5, "cosine_with_restarts": 1.0}  # the default ``num_cycles`` of each kind that has one
+__all__ = ["learning_rate_at"]
 
 
 def learning_rate_at(settings: OptimizerSettings, step: int) -> float:

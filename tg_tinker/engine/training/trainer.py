@@ -24,8 +24,9 @@ from tg_tinker.engine.training.checkpointing import checkpointed, require_suppor
 from tg_tinker.engine.training.collation import collate, scatter
 from tg_tinker.engine.training.gradients import GradientSum
 from tg_tinker.engine.training.inspection import inspect, loss_settings
-from tg_tinker.engine.training.optim import Optimizer, learning_rate_at
+from tg_tinker.engine.training.optim import Optimizer
 from tg_tinker.engine.training.run_state import TrainerState
+from tg_tinker.engine.training.schedules import learning_rate_at
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, TGTinkerError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from tg_tinker.engine.training.forward import Outcome
     from tg_tinker.engine.training.gradients import ExampleGradients
     from tg_tinker.engine.training.losses import Config, Loss
-    from tg_tinker.engine.training.optim import OptimizerSettings
+    from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 
 __all__ = ["PassOutput", "Reduction", "StepOutput", "Steps", "Trainer", "TrainerState"]
 

@@ -24,7 +24,7 @@ from tg_tinker.wire.tg import RUN_COMPLETED, RUN_FAILED
 
 if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter
-    from tg_tinker.engine.training.optim import OptimizerSettings
+    from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
     from tg_tinker.engine.training.trainer import PassOutput, StepOutput, Trainer
 
 Surface = Literal["tg", "loops"]
