@@ -1,8 +1,7 @@
-"""Small requests of the Loops wire, as coroutines that run at home: health, checkpoints, served versions."""
+"""Small requests of the Loops wire, as coroutines that run at home: checkpoints, their files, served versions."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urljoin
@@ -12,7 +11,7 @@ import attrs
 from tg_tinker.core.call import call
 from tg_tinker.core.reply import Reply
 from tg_tinker.core.run import RunCore
-from tg_tinker.errors import ResourceNotFoundError, ServerError, ServerUnreachableError
+from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse
 from tg_tinker.wire import codec, headers, loops
@@ -28,12 +27,10 @@ __all__ = [
     "pinned_to",
     "sampler_path",
     "served_version",
-    "wait_until_healthy",
 ]
 
 PREFIX = "bt://loops:"
 _PAGE = 1000
-_HEALTH_PAUSE = 2.0  # seconds between questions to a trainer that is being provisioned
 _ANSWER_SLACK = 15.0  # seconds that an answer may be later than the hold it was asked for
 
 
@@ -67,21 +64,6 @@ def sampler_path(path: object) -> str:
 def pinned_to(path: str | None) -> dict[str, str]:
     """The headers of a sampler's requests that hold it to a checkpoint."""
     return {} if path is None else {headers.CHECKPOINT_PATH: path}
-
-
-async def wait_until_healthy(core: RunCore, run: loops.Run, timeout: float) -> None:
-    """Wait until a trainer that was just provisioned answers. Raises its last error after ``timeout`` seconds."""
-    deadline = asyncio.get_running_loop().time() + timeout
-    ask = {"base_model": run.base_model}
-    while True:
-        try:
-            await core.perform(call(loops.HEALTH, base=run.base_url, query=ask, decode=bool, whole_reply=True))
-        except (ResourceNotFoundError, ServerError, ServerUnreachableError):
-            if asyncio.get_running_loop().time() + _HEALTH_PAUSE > deadline:
-                raise
-            await asyncio.sleep(_HEALTH_PAUSE)
-        else:
-            return
 
 
 async def served_version(core: RunCore, base: str, minimum: int, hold: float) -> tuple[int, bool]:

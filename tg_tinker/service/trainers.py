@@ -13,7 +13,7 @@ import attrs
 from tg_tinker import settings
 from tg_tinker.core.call import Call, Flow, call
 from tg_tinker.faces import blocking, twin
-from tg_tinker.loops import plane
+from tg_tinker.loops import hosted, plane
 from tg_tinker.loops.local import LocalPlane
 from tg_tinker.loops.provider import ControlPlane, Provider
 from tg_tinker.loops.tracking import Tracker, WandbConfig, tracker_of
@@ -142,7 +142,7 @@ class TrainerService(ServiceBase):
         run = await self._provider.create_trainer(self.core, request, waits.ready)
         made = self._trainer_of(run, request.lora_rank, request.max_seq_len, waits)
         if not plane.is_ours(run.base_url):  # a published trainer has no adapter before it is told to make one
-            await plane.wait_until_healthy(made.core, run, waits.ready)
+            await hosted.wait_until_healthy(made.core, run, waits.ready)
             await made.core.start(made.init_call(request.lora_rank)).result_async(waits.ready)
         if request.with_sampler:
             await made.open_sampler()
@@ -216,7 +216,7 @@ class TrainerService(ServiceBase):
     deactivate_run_async = twin(deactivate_run)
 
     def _trainer_of(self, run: loops.Run, rank: int | None, max_seq_len: int | None, waits: Waits) -> TrainingClient:
-        return TrainingClient(
+        made = TrainingClient(
             self.core.service,
             run,
             self._tokenizers,
@@ -225,6 +225,9 @@ class TrainerService(ServiceBase):
             lora_rank=run.lora_rank or rank,
             max_seq_len=max_seq_len,
         )
+        if not plane.is_ours(run.base_url):
+            hosted.keep_awake(made.core, run)
+        return made
 
 
 def one_replica(field: str, value: object) -> int:

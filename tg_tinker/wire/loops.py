@@ -166,6 +166,21 @@ class RunEnvelope:
 
 
 @attrs.frozen(kw_only=True)
+class Deployment:
+    """What a published trainer runs on; ours is always "RUNNING"."""
+
+    id: str
+    status: StatusName
+
+
+@attrs.frozen(kw_only=True)
+class DeploymentEnvelope:
+    """The body ``{"deployment": ...}``."""
+
+    deployment: Deployment
+
+
+@attrs.frozen(kw_only=True)
 class SamplerRequest:
     """Exactly one of ``run_id`` (the run's paired sampler), ``base_model`` and ``model_path``."""
 
@@ -252,6 +267,7 @@ WAKE = Route("wake", "POST", "/wake", dict[str, Any])
 CREATE_SESSION = Route("create_session", "POST", "/v1/loops/sessions", SessionEnvelope)
 CREATE_TRAINER = Route("create_lora_training_client", "POST", "/v1/loops/trainers", RunEnvelope)
 GET_RUN = Route("get_run", "GET", "/v1/loops/runs/{id}", RunEnvelope)
+DEPLOYMENT = Route("get_deployment", "GET", "/v1/loops/deployments/{id}", DeploymentEnvelope)
 DEACTIVATE_RUN = Route("deactivate_run", "POST", "/v1/loops/runs/{id}/deactivate", dict[str, Any])
 CREATE_SAMPLER = Route("create_sampling_client", "POST", "/v1/loops/samplers", SamplerEnvelope)
 CHECKPOINTS = Route("list_checkpoints", "GET", "/v1/loops/checkpoints", CheckpointsEnvelope)
