@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tg_tinker.server.rooms import _Files
 from tg_tinker.server.settings import Settings
+from tg_tinker.server.storage import _Files
 from tg_tinker.store.keys import VARIABLE, KeyEnvironment
 
 

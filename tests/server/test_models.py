@@ -13,6 +13,7 @@ from fixtures.server_client import BATCH, Client
 from tg_tinker.server.engine import TorchEngine
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.rooms import Rooms
+from tg_tinker.server.sweeping import Sweeping
 
 TINY = "tg-tinker/tiny"
 
@@ -68,7 +69,7 @@ async def test_a_model_in_use_stays(client, engine):
     run = await client.create(MODEL)
     made = (await client.post("/v1/loops/samplers", {"base_model": MODEL})).json["sampler"]
     await delete(client, await client.create(MODEL, mixed_precision="bf16"))
-    await rooms.sweeping.sweep()
+    await Sweeping(rooms).sweep()
     gc.collect()
     assert len(rooms.models.loaded()) == 2
     await delete(client, run)
@@ -87,7 +88,7 @@ async def test_an_idle_sampler_lets_go_and_comes_back(serve, engine):
     for loads in (1, 2):
         assert (await client.post(url, body)).status == 200
         assert engine.loads == loads
-        await rooms.sweeping.sweep()
+        await Sweeping(rooms).sweep()
         gc.collect()
         assert (rooms.models.loaded(), await samplers(rooms)) == ([], 0)
 

@@ -27,7 +27,9 @@ TRANSCRIPTS = Path(__file__).parents[1] / "fixtures" / "transcripts"
 SAMPLER_ROUTES = ("/sample", "/trainers_policy_version", "/v1/models?", "/wake")
 CONTROL_ROUTES = ("/v1/loops/", "/v1/models/", "/v1/teams")
 #: what a response must say exactly, names apart; of everything else the shape counts
-SAID = {"operation_id", "schema_version", "status", "lora_rank", "path", "mode", "kind", "object", "finish_reason"}
+SAID = {"operation_id", "schema_version", "status", "lora_rank", "path", "mode", "kind", "object"}
+#: why a sample may end: which it is, the draw decides
+ENDS = {"length", "stop"}
 LEARNT = {"id", "session_id", "deployment_id", "model_id"}
 #: statuses of a submit that the client takes for a cold start, and tries again for up to an hour
 TRIED_AGAIN = {400, 404, 408, 502, 503}
@@ -124,6 +126,8 @@ def check(recorded: Any, answered: Any, where: str) -> None:
         for key, one in recorded.items():
             assert key in answered, f"{where}.{key}"
             check(one, answered[key], f"{where}.{key}")
+            if key == "finish_reason":
+                assert answered[key] in ENDS, f"{where}.{key}"
             if key in SAID and isinstance(one, str):
                 assert answered[key] == one, f"{where}.{key}"
     elif isinstance(recorded, list):

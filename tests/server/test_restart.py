@@ -71,10 +71,10 @@ async def test_a_server_that_died_is_noticed_by_another_on_its_home(serve, engin
     await rooms.journal.flush()
     second = await serve(engine=FakeEngine())
     assert (await second.result(future, wait=0))["status"] in {"pending", "running"}  # its server lives
-    rooms._ownership.release()  # what the system does for a process that was killed
+    rooms._storage.ownership.release()  # what the system does for a process that was killed
     outcome = await second.result(future)
     assert outcome["error"]["code"] == "SERVER_RESTARTED"
-    rooms._ownership.__init__(rooms.settings.home)
+    rooms._storage.ownership.__init__(rooms.settings.home)
     engine.gate.set()
 
 
@@ -136,13 +136,13 @@ def files(folder: Path) -> list[str]:
 
 def die(client) -> None:
     """Let go of a server's name as the system does when its process is killed; the server itself notices nothing."""
-    os.close(client.server.app[ROOMS]._ownership._descriptor)
+    os.close(client.server.app[ROOMS]._storage.ownership._descriptor)
 
 
 def live_again(client) -> None:
     """Give the server a name again, which it needs to be closed."""
     rooms = client.server.app[ROOMS]
-    rooms._ownership.__init__(rooms.settings.home)
+    rooms._storage.ownership.__init__(rooms.settings.home)
 
 
 async def test_what_a_dead_server_left_gets_its_entries_exactly_once(serve, engine, monkeypatch):
@@ -230,7 +230,7 @@ async def test_a_trail_ends_when_the_database_has_what_is_in_it(serve, monkeypat
             await asyncio.sleep(0.01)
     die(first)
     second = await serve(engine=FakeEngine())
-    assert files(folder) == [f"{second.server.app[ROOMS]._ownership.name}.0.trail"]
+    assert files(folder) == [f"{second.server.app[ROOMS]._storage.ownership.name}.0.trail"]
     live_again(first)
     await second.server.close()
     assert files(folder) == []

@@ -12,8 +12,10 @@ from fixtures.fake_engine import MODEL
 from fixtures.server_client import Answer, Client, datum
 
 from tg_tinker.errors import ServerError
+from tg_tinker.server.api.common import CREATION
 from tg_tinker.server.engine import TorchEngine
 from tg_tinker.server.middleware import ROOMS
+from tg_tinker.server.sweeping import Sweeping
 from tg_tinker.wire import headers
 
 PASS = {"data": [datum(1, 2, 3)], "loss_fn": "cross_entropy", "loss_fn_config": None}
@@ -184,17 +186,17 @@ async def test_the_end_of_a_run_gives_the_disk_back(serve, tmp_path, monkeypatch
     runs = [await Trained.start(client) for _ in range(2)]
     for run in runs:
         await run.publish("x", "x")
-    await rooms.sweeping.sweep()
+    await Sweeping(rooms).sweep()
     assert files(tmp_path, ".aside") == 2
     first = rooms.runs.find("tenant-a", runs[0].trainer.rpartition("/")[2])
     assert first is not None
-    await rooms.creation.end(first)
+    await client.server.app[CREATION].end(first)
     assert files(tmp_path, ".aside") == 1
     monkeypatch.setattr(rooms, "_clear_aside", lambda: None)  # as if it were killed
     await client.server.close()
     later = await serve()
     assert files(tmp_path, ".aside") == 1
-    await later.server.app[ROOMS].sweeping.sweep()
+    await Sweeping(later.server.app[ROOMS]).sweep()
     assert files(tmp_path, ".aside") == 0
     await (await Trained.start(later)).publish("x", "x")
     await later.server.close()

@@ -18,10 +18,13 @@ from tg_tinker.server.api import (
     samplers,
     tg,
 )
+from tg_tinker.server.api.common import CREATION
+from tg_tinker.server.creation import Creation
 from tg_tinker.server.engine import Engine
 from tg_tinker.server.middleware import ROOMS, add_headers, authenticate, check_host, finish, identify
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.settings import Settings
+from tg_tinker.server.sweeping import Sweeping
 
 
 def create_app(
@@ -37,8 +40,11 @@ def create_app(
 
     async def parts(app: web.Application) -> AsyncIterator[None]:
         rooms = await Rooms.open(settings, engine, report or _nobody)
-        app[ROOMS] = rooms
+        sweeping = Sweeping(rooms)
+        sweeping.start()
+        app[ROOMS], app[CREATION] = rooms, Creation(rooms)
         yield
+        await sweeping.aclose()
         await rooms.aclose()
 
     async def stop(app: web.Application) -> None:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 
 from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker.server.creation import Creation
 from tg_tinker.server.middleware import REQUEST_ID, ROOMS, TENANT
 from tg_tinker.server.records.tickets import Held, Ticket
 from tg_tinker.server.rooms import Rooms
@@ -21,6 +22,7 @@ from tg_tinker.wire import codec, headers
 
 T = TypeVar("T")
 
+CREATION: web.AppKey[Creation] = web.AppKey("creation", Creation)
 LONG_BODY = 64 * 1024  # bytes; a longer one is decoded in a thread, so that nobody else waits for it
 LONGEST_KEY = 128
 _OURS = "tg-tinker/"
@@ -30,6 +32,11 @@ MAX_WAIT = 60.0  # seconds that one poll may be held
 def rooms_of(request: web.Request) -> Rooms:
     """The server's parts."""
     return request.app[ROOMS]
+
+
+def creation_of(request: web.Request) -> Creation:
+    """What makes runs, and ends them."""
+    return request.app[CREATION]
 
 
 def tenant_of(request: web.Request) -> str:

@@ -73,7 +73,7 @@ async def get_run(request: web.Request) -> web.Response:
 async def deactivate_run(request: web.Request) -> web.Response:
     """End a run: what is queued is cancelled, its sampler is gone, its checkpoints stay."""
     run = await common.run_of(request, request.match_info["id"], "loops")
-    await common.rooms_of(request).creation.end(run)
+    await common.creation_of(request).end(run)
     return common.reply({"id": run.id, "base_model": run.model.ref})
 
 
@@ -119,7 +119,7 @@ async def _new_run(request: web.Request, **settled: Any) -> Run:
         raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
     body = attrs.evolve(codec.decode(wire.TrainerRequest, fields), **settled)
     key = common.idempotency_key(request)
-    return await common.rooms_of(request).creation.loops_run(common.tenant_of(request), body, key)
+    return await common.creation_of(request).loops_run(common.tenant_of(request), body, key)
 
 
 async def _sampler(request: web.Request, body: wire.SamplerRequest) -> Sampler:

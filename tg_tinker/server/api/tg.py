@@ -36,12 +36,11 @@ def routes() -> list[web.RouteDef]:
 
 async def create(request: web.Request) -> web.Response:
     """Make a run, from a saved state if the body names one."""
-    rooms = common.rooms_of(request)
     fields = await common.read_json(request)
     checkpoint_id = fields.pop("checkpoint_id", None)
     config = codec.decode(TrainingConfig, fields)
     key = common.idempotency_key(request)
-    run = await rooms.creation.tg_run(common.tenant_of(request), config, checkpoint_id, key)
+    run = await common.creation_of(request).tg_run(common.tenant_of(request), config, checkpoint_id, key)
     return common.reply(info(run), 201)
 
 
@@ -63,7 +62,7 @@ async def get_client(request: web.Request) -> web.Response:
 async def delete_client(request: web.Request) -> web.Response:
     """End a run: what is queued is cancelled, its artifacts stay."""
     run = await _run(request)
-    await common.rooms_of(request).creation.end(run)
+    await common.creation_of(request).end(run)
     return common.reply({"training_client_id": run.id, "deleted": True})
 
 

@@ -15,16 +15,17 @@ from weakref import WeakKeyDictionary
 import attrs
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
-from tg_tinker.server.training.runs import Run
+from tg_tinker.server.engine import Engine
+from tg_tinker.server.training.runs import Run, Runs
 from tg_tinker.server.weights.models import Model
 from tg_tinker.server.weights.shelf import Stored
 from tg_tinker.server.weights.versions import Version
+from tg_tinker.server.work.scheduler import Scheduler
 from tg_tinker.wire.checkpoint_uri import SAMPLER_WEIGHTS, CheckpointUri
 
 if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter
-    from tg_tinker.server.rooms import Rooms
-    from tg_tinker.store.checkpoints import Loaded
+    from tg_tinker.store.checkpoints import CheckpointStore, Loaded
 
 KEPT = 8  # adapters of a model, read from disk, that stay in memory
 REMEMBERED = 2.0  # seconds that a name is not looked up again
@@ -44,8 +45,8 @@ Read = OrderedDict[str, "asyncio.Task[Weights]"]  # by artifact; the one used la
 class Published:
     """Finds adapters for sampling, in memory or on disk."""
 
-    def __init__(self, rooms: Rooms) -> None:
-        self._rooms = rooms
+    def __init__(self, runs: Runs, store: CheckpointStore, engine: Engine, scheduler: Scheduler) -> None:
+        self._runs, self._store, self._engine, self._scheduler = runs, store, engine, scheduler
         self._read: WeakKeyDictionary[Model, Read] = WeakKeyDictionary()
         self._found: dict[tuple[str, CheckpointUri], tuple[float, Stored]] = {}
 
@@ -78,7 +79,7 @@ class Published:
     async def checkpoint(self, tenant: str, model: Model, uri: CheckpointUri) -> Weights:
         """The adapter published under a name; the name's newest one, if it was used again."""
         check_serves(uri)
-        run = self._rooms.runs.find(tenant, uri.run_id)
+        run = self._runs.find(tenant, uri.run_id)
         number = 0 if run is None else run.named.get((uri.kind, uri.name), ("", 0))[1]
         stored = None if run is None else run.versions.shelf.find(number)
         if run is None or stored is None or not self._is_there(tenant, stored):
@@ -90,7 +91,7 @@ class Published:
 
     def _is_there(self, tenant: str, stored: Stored) -> bool:
         """Whether an artifact may be served. Each sample asks: a look at the disk here costs less than a thread."""
-        return not stored.expired and self._rooms.store.holds(tenant, stored.artifact_id)
+        return not stored.expired and self._store.holds(tenant, stored.artifact_id)
 
     async def _find(self, tenant: str, uri: CheckpointUri) -> Stored:
         """The artifact behind a name on disk; remembered for a moment, as each sample asks.
@@ -99,7 +100,7 @@ class Published:
         """
         asked, stored = self._found.get((tenant, uri), (-REMEMBERED, None))
         if stored is None or monotonic() > asked + REMEMBERED or not self._is_there(tenant, stored):
-            record = await asyncio.to_thread(self._rooms.store.find, tenant, uri.run_id, uri.kind, uri.name)
+            record = await asyncio.to_thread(self._store.find, tenant, uri.run_id, uri.kind, uri.name)
             stored = Stored.of(record)
             self._found[tenant, uri] = monotonic(), stored
             while len(self._found) > 1000:
@@ -118,14 +119,14 @@ class Published:
         return await asyncio.shield(task)
 
     async def _load(self, tenant: str, model: Model, stored: Stored) -> Weights:
-        loaded: Loaded = await asyncio.to_thread(self._rooms.store.load, tenant, stored.artifact_id)
+        loaded: Loaded = await asyncio.to_thread(self._store.load, tenant, stored.artifact_id)
         made = loaded.counters["server"]
         if made["base_digest"] != model.base.digest:
             message = f"path: it was trained on {made['base_model']}, this sampler serves {model.ref}"
             raise InvalidRequestError(message, field="path", constraint=f"an adapter of {model.ref}")
-        spec, engine = loaded.counters["spec"], self._rooms.engine
-        thaw: Callable[[], Any] = lambda: engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
-        return Weights(await self._rooms.scheduler.call(thaw), int(loaded.record.metadata.get("version", 0)))
+        spec = loaded.counters["spec"]
+        thaw: Callable[[], Any] = lambda: self._engine.frozen(model.base, spec, loaded.tensors)  # noqa: E731
+        return Weights(await self._scheduler.call(thaw), int(loaded.record.metadata.get("version", 0)))
 
 
 def check_serves(uri: CheckpointUri) -> None:

@@ -1,0 +1,102 @@
+"""What a server keeps beyond its own life: artifacts, database, keys, records. Opened together, closed together."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import attrs
+
+from tg_tinker.server.auth import Keys
+from tg_tinker.server.ownership import Ownership, folder_of
+from tg_tinker.server.records.auditing import Auditing
+from tg_tinker.server.records.journal import Journal
+from tg_tinker.server.records.recording import Recording
+from tg_tinker.server.records.recovery import Recovery
+from tg_tinker.server.records.trail import Trail
+from tg_tinker.server.settings import Settings
+from tg_tinker.server.training.exports import Exports
+from tg_tinker.server.training.registry import Registry
+
+if TYPE_CHECKING:
+    from tg_tinker.store.audit import HeadSigner
+    from tg_tinker.store.checkpoints import CheckpointStore
+    from tg_tinker.store.database import Database
+
+
+@attrs.frozen(eq=False, kw_only=True)
+class Storage:
+    """The parts that write to the home folder."""
+
+    store: CheckpointStore
+    exports: Exports
+    database: Database
+    keys: Keys
+    registry: Registry
+    journal: Journal
+    auditing: Auditing
+    recording: Recording
+    ownership: Ownership
+
+    @classmethod
+    async def open(cls, settings: Settings) -> Storage:
+        """Open everything; what servers that died left unfinished is completed first."""
+        from tg_tinker.store.audit import AuditLog
+        from tg_tinker.store.database import Database, database_file, sqlite_url
+
+        files = await asyncio.to_thread(_Files.open, settings)
+        database = await Database.open(sqlite_url(database_file(settings.home)))
+        log = AuditLog(database, files.signer)
+        trails = folder_of(settings.home)
+        recovery = Recovery(database, log, files.ownership, trails, kept=settings.results_kept)
+        await recovery.after_all()
+        await asyncio.to_thread(files.ownership.forget_dead)
+        journal = Journal(database, files.ownership, recovery, kept=settings.results_kept)
+        auditing = Auditing(log, files.audit_key)
+        recording = Recording(Trail(trails, files.ownership.name), journal, auditing)
+        recording.start()
+        return cls(
+            store=files.store,
+            exports=Exports(files.store, files.file_key),
+            database=database,
+            keys=Keys(settings, database),
+            registry=Registry(database, files.ownership),
+            journal=journal,
+            auditing=auditing,
+            recording=recording,
+            ownership=files.ownership,
+        )
+
+    async def aclose(self) -> None:
+        """Write what is still to be written, and let go of the home."""
+        await self.recording.aclose()
+        await self.database.close()
+        self.ownership.release()
+
+
+@attrs.frozen
+class _Files:
+    """What lives in files of the home folder."""
+
+    store: CheckpointStore
+    ownership: Ownership
+    signer: HeadSigner
+    audit_key: bytes
+    file_key: bytes
+
+    @classmethod
+    def open(cls, settings: Settings) -> _Files:
+        from tg_tinker.store import files
+        from tg_tinker.store.audit import HeadSigner
+        from tg_tinker.store.checkpoints import CheckpointStore
+        from tg_tinker.store.keys import provider_of
+
+        home = settings.home
+        secret = files.secret(home / "secrets" / "server-secret")
+        return cls(
+            CheckpointStore(home / "artifacts", provider_of(home), quota=settings.quota_bytes),
+            Ownership(home),
+            HeadSigner(home / "secrets" / "audit-key"),
+            files.subkey(secret, "input digests"),
+            files.subkey(secret, "signed URLs"),
+        )
