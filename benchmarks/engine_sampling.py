@@ -17,6 +17,7 @@ from benchmarks.models import make_small
 from benchmarks.peers import PeerProcess
 
 _PEER = "HF generate"
+_GOAL = Goal(">=", 1.0, "ratio")
 _PROMPT, _NEW = 32, 64  # tokens
 
 
@@ -26,7 +27,9 @@ def run(options: Options) -> list[Figure]:
         return compare(make_small(Path(scratch)), options, streams=(1, 8, 32), rounds=9)
 
 
-def compare(folder: Path, options: Options, *, streams: Sequence[int], rounds: int) -> list[Figure]:
+def compare(
+    folder: Path, options: Options, *, streams: Sequence[int], rounds: int, goal: Goal | None = _GOAL
+) -> list[Figure]:
     """Sample with so many streams at once on both sides in turn."""
     figures: list[Figure] = []
     engine = EngineSide(folder, options.threads)
@@ -37,5 +40,5 @@ def compare(folder: Path, options: Options, *, streams: Sequence[int], rounds: i
             taken = interleaved(sides, options.rounds(rounds))
             tokens = [count * _NEW] * len(taken["ours"])
             name = f"sampling, {count} stream{'s' * (count > 1)}"
-            figures += throughput(name, tokens, taken["ours"], _PEER, taken["theirs"], Goal(">=", 1.0, "ratio"))
+            figures += throughput(name, tokens, taken["ours"], _PEER, taken["theirs"], goal)
     return figures

@@ -1,7 +1,8 @@
 """The models that are measured: a random one of Qwen3's shape, made here, and the one that ``models fetch`` brings.
 
-The random models have 4096 tokens: the small one 6 layers, hidden size 256, 6.82 million parameters; the other a GPT's
-proportions in Llama's shape, 8 layers, hidden size 320, 11.6 million parameters.
+The random models have 4096 tokens: the small one 6 layers, hidden size 256, 6.82 million parameters; another a GPT's
+proportions in Llama's shape, 8 layers, hidden size 320, 11.6 million parameters; the last is a GPT-NeoX, for which the
+engine has no forward pass of its own: 4 layers, hidden size 256, 5.26 million parameters.
 """
 
 from __future__ import annotations
@@ -69,6 +70,29 @@ def make_gpt(folder: Path) -> Path:
     )
     torch.manual_seed(_SEED)
     LlamaForCausalLM(config).save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_neox(folder: Path) -> Path:
+    """Write the random GPT-NeoX and the same tokenizer; the same bits every time."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=257,
+    )
+    torch.manual_seed(_SEED)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
     _tokenizer().save_pretrained(folder)
     return folder
 

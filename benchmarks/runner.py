@@ -32,6 +32,7 @@ ROWS = {
     "large_batch": "benchmarks.large_batch",
     "engine_training": "benchmarks.engine_training",
     "engine_sampling": "benchmarks.engine_sampling",
+    "neox_sampling": "benchmarks.neox_sampling",
     "clipping": "benchmarks.clipping",
     "stack": "benchmarks.stack",
     "smollm2": "benchmarks.smollm2",

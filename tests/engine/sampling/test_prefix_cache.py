@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tg_tinker.engine.sampling.prefix_cache import PrefixCache
 from tg_tinker.engine.sampling.sampler import Sampler
-from tg_tinker.engine.sampling.slot_decoder import SlotDecoder
+from tg_tinker.engine.sampling.slots.slot_decoder import SlotDecoder
 
 PER_TOKEN = 8  # bytes of a state of one layer, one head of size one, keys and values, in single precision
 

@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from tg_tinker.engine.sampling.key_value_cache import Pool
 from tg_tinker.engine.sampling.sampler import Sampler
-from tg_tinker.engine.sampling.slot_decoder import SlotDecoder
+from tg_tinker.engine.sampling.slots.key_value_cache import Pool
+from tg_tinker.engine.sampling.slots.slot_decoder import SlotDecoder
 from tg_tinker.errors import InvalidRequestError, OperationFailedError, ServerError
 
 

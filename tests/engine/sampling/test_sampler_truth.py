@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures.small_models import make
 
 from tg_tinker.engine.lora import adapters
 from tg_tinker.engine.sampling.sampler import Sampler
+from tg_tinker.engine.sampling.slots import fused_weights
 
 FAMILIES = ["llama", "llama-biased", "llama-scaled", "qwen2", "qwen3", "gpt-neox"]
 
@@ -60,6 +62,19 @@ def test_the_tiny_model_with_an_adapter(kit, tiny_base):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60
         )
     assert generated[0, 30:].tolist()[:clear] == naive[:clear]
+
+
+def test_mistral_is_llama_unless_it_has_a_window(kit):
+    """A Mistral without a sliding window is decoded as a Llama is, one with a window by transformers' passes."""
+    base = kit.wrap(make("mistral"))
+    prompt = kit.prompt(21)
+    for adapter in (None, kit.adapter(base)):
+        naive, clear = kit.greedy(base, adapter, prompt, 60)
+        (own,) = kit.run(Sampler(base), kit.request(prompt, adapter=adapter, temperature=0.0, max_tokens=60))
+        assert clear > 40
+        assert list(own.tokens[:clear]) == naive[:clear]
+    assert fused_weights.unsupported(base.model) is None
+    assert "sliding" in fused_weights.unsupported(make("mistral-windowed"))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])

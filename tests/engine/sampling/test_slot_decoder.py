@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from tg_tinker.engine.sampling import fused_weights
 from tg_tinker.engine.sampling.decoder import Chunk
-from tg_tinker.engine.sampling.slot_decoder import SlotDecoder
+from tg_tinker.engine.sampling.slots import fused_weights
+from tg_tinker.engine.sampling.slots.slot_decoder import SlotDecoder
 from tg_tinker.errors import InvalidRequestError
 
 FAMILIES = ["llama", "llama-biased", "llama-scaled", "qwen2", "qwen3"]

@@ -30,7 +30,7 @@ def copies(
 
     Raises ``InvalidRequestError`` where a name matches no module with weights, or one with an ``adapted`` layer in it.
     """
-    found = [name for name, module in _weighted(model) if any(matches(name, wanted) for wanted in modules)]
+    found = [name for name, _ in _weighted(model) if any(matches(name, wanted) for wanted in modules)]
     _check(model, modules, found, adapted)
     return {
         f"{name}.{leaf}": nn.Parameter(value.detach().to(dtype, copy=True))

@@ -1,6 +1,6 @@
 """What the sampler asks of a decoder: read prompts in chunks, then give logits for one more token of every sequence.
 
-``routed_decoder`` (over ``slot_decoder``) and ``step_decoder`` are the two that exist. Neither samples; neither knows a
+There are two: ``slots`` for the models whose pass we know, ``steps`` for all others. Neither samples; neither knows a
 request.
 """
 

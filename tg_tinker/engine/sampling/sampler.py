@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 
 from tg_tinker.engine import memory
-from tg_tinker.engine.sampling import failures, fused_weights, generation
+from tg_tinker.engine.sampling import failures, generation
 from tg_tinker.engine.sampling.decoder import Chunk
 from tg_tinker.engine.sampling.detokenize import decoder_of
 from tg_tinker.engine.sampling.generation import Generation, GenerationRequest, Listener
 from tg_tinker.engine.sampling.prefill import PrefillJob, pace, share_out, tokens_a_tick
 from tg_tinker.engine.sampling.prefix_cache import PrefixCache
-from tg_tinker.engine.sampling.routed_decoder import RoutedDecoder
 from tg_tinker.engine.sampling.sampling_batch import SamplingBatch
-from tg_tinker.engine.sampling.step_decoder import StepDecoder
+from tg_tinker.engine.sampling.slots import fused_weights
+from tg_tinker.engine.sampling.slots.routed_decoder import RoutedDecoder
+from tg_tinker.engine.sampling.steps.step_decoder import StepDecoder
 from tg_tinker.engine.sampling.stream import Stream
 
 if TYPE_CHECKING:

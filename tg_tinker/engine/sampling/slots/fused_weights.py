@@ -1,4 +1,4 @@
-"""The weights of a Llama, Qwen2 or Qwen3 model as a decoder wants them: fewer and larger matrices.
+"""The weights of a Llama, Mistral, Qwen2 or Qwen3 model as a decoder wants them: fewer and larger matrices.
 
 Query, key and value become one matrix, gate and up another. The memory is shared: the model's own parameters become
 views of the fused matrices, so nothing is stored twice and the model computes what it did before.
@@ -13,7 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tg_tinker.engine.sampling import quick_ops
+from tg_tinker.engine.sampling.slots import quick_ops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DecoderWeights", "LayerWeights", "Projection", "read", "unsupported"]
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 _ROTARY = ("default", "linear", "llama3", "yarn")  # those whose angles depend on the position alone
 
 
@@ -91,7 +91,9 @@ def unsupported(model: PreTrainedModel) -> str | None:
         return f"the architecture {config.model_type!r} is none of {', '.join(_FAMILIES)}"
     if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
         return f"the activation {config.hidden_act!r} is not silu"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+    layers = getattr(config, "layer_types", None) or ()
+    window = None if layers else getattr(config, "sliding_window", None)
+    if window is not None or any(kind != "full_attention" for kind in layers):
         return "some layers attend to a sliding window"
     rotary = getattr(config, "rope_parameters", None) or {}
     kind = rotary.get("rope_type", "default")

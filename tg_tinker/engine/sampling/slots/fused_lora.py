@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from tg_tinker.engine.lora.adapters import FrozenAdapter
-    from tg_tinker.engine.sampling.fused_weights import DecoderWeights, Projection
+    from tg_tinker.engine.sampling.slots.fused_weights import DecoderWeights, Projection
 
 __all__ = ["AdapterRows", "FusedAdapter", "Stacks", "fuse"]
 

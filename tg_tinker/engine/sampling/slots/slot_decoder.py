@@ -1,4 +1,4 @@
-"""Continuous batching for Llama, Qwen2 and Qwen3 models: our own forward pass over the model's weights.
+"""Continuous batching for Llama, Mistral, Qwen2 and Qwen3 models: our own forward pass over the model's weights.
 
 Rows of a pass are single tokens of any sequences, so the linear layers see one matrix, whatever adapters the rows
 belong to; only attention looks at sequences one by one (while prompts are read) or pool by pool (while decoding).
@@ -13,13 +13,13 @@ import attrs
 import torch
 from torch.nn import functional
 
-from tg_tinker.engine.sampling import fused_lora
-from tg_tinker.engine.sampling.attention import PoolSpan, PromptSpan, Span
 from tg_tinker.engine.sampling.decoder import Prompt
-from tg_tinker.engine.sampling.fused_lora import AdapterRows, FusedAdapter, Stacks
-from tg_tinker.engine.sampling.key_value_cache import KeyValueCache, SlotSequence
-from tg_tinker.engine.sampling.quick_ops import rms_norm
-from tg_tinker.engine.sampling.rotary_table import RotaryTable, rotate
+from tg_tinker.engine.sampling.slots import fused_lora
+from tg_tinker.engine.sampling.slots.attention import PoolSpan, PromptSpan, Span
+from tg_tinker.engine.sampling.slots.fused_lora import AdapterRows, FusedAdapter, Stacks
+from tg_tinker.engine.sampling.slots.key_value_cache import KeyValueCache, SlotSequence
+from tg_tinker.engine.sampling.slots.quick_ops import rms_norm
+from tg_tinker.engine.sampling.slots.rotary_table import RotaryTable, rotate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tg_tinker.engine.lora.adapters import FrozenAdapter
     from tg_tinker.engine.models.base_model import BaseModel
     from tg_tinker.engine.sampling.decoder import Chunk, DecodingSequence
-    from tg_tinker.engine.sampling.fused_weights import DecoderWeights
+    from tg_tinker.engine.sampling.slots.fused_weights import DecoderWeights
 
 __all__ = ["SlotDecoder"]
 

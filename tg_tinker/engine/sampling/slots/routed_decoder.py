@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from tg_tinker.engine.lora import adapters
-from tg_tinker.engine.sampling import fused_weights
-from tg_tinker.engine.sampling.slot_decoder import SlotDecoder
+from tg_tinker.engine.sampling.slots import fused_weights
+from tg_tinker.engine.sampling.slots.slot_decoder import SlotDecoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

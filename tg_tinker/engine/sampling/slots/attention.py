@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from tg_tinker.engine.sampling.key_value_cache import Pool, SlotSequence
+    from tg_tinker.engine.sampling.slots.key_value_cache import Pool, SlotSequence
 
 __all__ = ["PoolSpan", "PromptSpan", "Span"]
 
