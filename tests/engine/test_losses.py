@@ -225,11 +225,11 @@ def test_positions_without_advantage_or_weight_are_not_active() -> None:
     [
         (
             {"logprobs": [0.0, -1.0, math.nan], "advantages": [0.0, 1.0, 1.0]},
-            "nan; expected a finite number @ $.data[5].logprobs[2]",
+            "not finite; expected a finite number @ $.data[5].logprobs[2]",
         ),
         (
             {"logprobs": [0.0, -1.0, -1.0], "advantages": [0.0, math.inf, 1.0]},
-            "inf; expected a finite number @ $.data[5].advantages[1]",
+            "not finite; expected a finite number @ $.data[5].advantages[1]",
         ),
         ({"logprobs": [-1.0, -1.0], "advantages": [0.0, 1.0, 1.0]}, "shape (2,); expected (3,) @ $.data[5].logprobs"),
         ({"logprobs": [-1.0, -1.0, -1.0]}, "missing; this loss needs logprobs, advantages @ $.data[5].advantages"),

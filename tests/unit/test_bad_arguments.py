@@ -11,7 +11,7 @@ from tg_tinker.core.call import call
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.offline import open_artifact
 from tg_tinker.training import json_object
-from tg_tinker.types import losses
+from tg_tinker.types import arguments, checks, losses
 from tg_tinker.wire import loops, tg
 
 HALF = "\ud800"  # half of a surrogate pair: text that UTF-8 cannot write
@@ -38,6 +38,14 @@ def nested(depth: int) -> dict[str, Any]:
     return value
 
 
+def nested_lists(depth: int) -> list[Any]:
+    """A list in a list in a list."""
+    value: list[Any] = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("field", "wrong"),
     [
@@ -51,6 +59,12 @@ def nested(depth: int) -> dict[str, Any]:
         ("dataset_size", lambda: PoissonSampler("a", 0.5)),  # type: ignore[arg-type]
         ("sample_rate", lambda: PoissonSampler(5, "a")),  # type: ignore[arg-type]
         ("path", lambda: TrainingConfig.from_yaml(None)),  # type: ignore[arg-type]
+        ("metadata", lambda: TrainingConfig(model_ref="m", metadata=nested(65))),
+        ("metadata", lambda: tg.SaveStateRequest(metadata=nested(65))),
+        ("input_ids", lambda: BatchData(nested_lists(100_000))),
+        ("num_completions", lambda: tg.SampleRequest(prompts=["a"] * 17, num_completions=1000)),
+        ("timeout", lambda: arguments.patience("timeout", 10**400)),
+        ("timeout", lambda: arguments.seconds("timeout", 10**400)),
         ("data", lambda: open_artifact(None, b"")),  # type: ignore[arg-type]
     ],
 )
@@ -59,6 +73,21 @@ def test_a_wrong_argument_is_named(field: str, wrong: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         wrong()
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nested_lists(100_000),
+        lambda: 10**5000,
+        lambda: [10**5000],
+        lambda: "x" * 10**6,
+        lambda: list(range(10**6)),
+    ],
+)
+def test_whatever_is_wrong_can_be_shown(make: Any) -> None:
+    """A message shows the beginning of what came, however long, deep or unwritable it is."""
+    assert 0 < len(checks.shown(make())) <= 60
 
 
 @pytest.mark.parametrize(

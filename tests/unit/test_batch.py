@@ -60,6 +60,14 @@ def test_an_absent_mask_means_that_every_token_is_real() -> None:
         ({"input_ids": [[1, -2]]}, "batch.input_ids[0][1]"),
         ({"input_ids": [[1.5]]}, "batch.input_ids"),
         ({"input_ids": [[float("nan")]]}, "batch.input_ids"),
+        ({"input_ids": [[1e30]]}, "batch.input_ids"),
+        ({"input_ids": np.array([[2**64 - 100]], np.uint64)}, "batch.input_ids"),
+        ({"input_ids": [[True, False]]}, "batch.input_ids[0][0]"),
+        ({"input_ids": [[1, 2], (3, True)]}, "batch.input_ids[1][1]"),
+        ({"input_ids": [[1, np.True_]]}, "batch.input_ids[0][1]"),
+        ({"input_ids": np.array([[True, False]])}, "batch.input_ids"),
+        ({"input_ids": torch.tensor([[True, False]])}, "batch.input_ids"),
+        ({"input_ids": [[1, 2]], "labels": [[1, False]]}, "batch.labels[0][1]"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1]]}, "batch.attention_mask"),
         ({"input_ids": [[1, 2]], "attention_mask": [[1, 2]]}, "batch.attention_mask"),
         ({"input_ids": [[1], [2]], "attention_mask": [[1], [0]]}, "batch.attention_mask[1]"),
@@ -71,7 +79,7 @@ def test_an_absent_mask_means_that_every_token_is_real() -> None:
     ids=str,
 )
 def test_a_wrong_batch_is_refused_by_place(fields: dict[str, Any], field: str) -> None:
-    """Ragged, empty, negative, fractional or misnamed input is refused with its place in the batch."""
+    """Ragged, empty, negative, fractional, boolean, huge or misnamed input is refused with its place in the batch."""
     with pytest.raises(InvalidRequestError) as caught:
         BatchData.of(fields)
     assert caught.value.field == field
@@ -84,6 +92,12 @@ def test_something_else_than_a_batch_is_refused(value: Any) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         BatchData.of(value)
     assert caught.value.field == "batch"
+
+
+@pytest.mark.parametrize("mask", [[[True, False]], np.array([[True, False]]), torch.tensor([[True, False]])])
+def test_a_mask_may_be_made_of_true_and_false(mask: Any) -> None:
+    """An attention mask of booleans, as libraries make them, is one of 1 and 0."""
+    assert BatchData([[1, 2]], mask).attention_mask.tolist() == [[1, 0]]
 
 
 def test_floats_without_fractions_are_whole_numbers() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -13,13 +15,15 @@ from hypothesis import strategies as st
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types.config import DPConfig, LoRAConfig, OptimizerConfig, SamplingConfig, TrainingConfig
 
-WRONG: list[tuple[type[Any], str, Any]] = [
+WRONG: list[tuple[Callable[..., Any], str, Any]] = [
     (LoRAConfig, "rank", 0),
     (LoRAConfig, "rank", 513),
     (LoRAConfig, "rank", True),
     (LoRAConfig, "rank", "16"),
     (LoRAConfig, "alpha", 0.5),
     (LoRAConfig, "dropout", 1.5),
+    (LoRAConfig, "dropout", 1.0),
+    (LoRAConfig, "alpha", 10**400),
     (LoRAConfig, "dropout", float("nan")),
     (LoRAConfig, "target_modules", []),
     (LoRAConfig, "target_modules", "q_proj"),
@@ -32,11 +36,17 @@ WRONG: list[tuple[type[Any], str, Any]] = [
     (OptimizerConfig, "weight_decay", 2.0),
     (OptimizerConfig, "betas", (0.9,)),
     (OptimizerConfig, "betas", (0.9, 1.0)),
+    (OptimizerConfig, "betas", (0.9, False)),
+    (OptimizerConfig, "name", ["adam"]),
     (OptimizerConfig, "eps", 0.0),
     (OptimizerConfig, "warmup_steps", -1),
     (OptimizerConfig, "lr_scheduler", "exponential"),
+    (partial(TrainingConfig, model_ref="m"), "batch_size", 10**9 + 1),
+    (partial(TrainingConfig, model_ref="m"), "gradient_accumulation_steps", 10**9 + 1),
     (DPConfig, "enabled", "yes"),
     (DPConfig, "noise_multiplier", -0.1),
+    (DPConfig, "noise_multiplier", 1e-7),
+    (DPConfig, "noise_multiplier", 1e7),
     (DPConfig, "max_grad_norm", 0.0),
     (DPConfig, "target_epsilon", -1.0),
     (DPConfig, "target_delta", 0.0),
@@ -53,7 +63,7 @@ WRONG: list[tuple[type[Any], str, Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "field", "value"), WRONG, ids=lambda item: getattr(item, "__name__", repr(item)))
-def test_a_value_out_of_range_is_refused_by_field(kind: type[Any], field: str, value: object) -> None:
+def test_a_value_out_of_range_is_refused_by_field(kind: Callable[..., Any], field: str, value: object) -> None:
     """Each config refuses a wrong value at construction and names the field and what was expected."""
     with pytest.raises(InvalidRequestError) as caught:
         kind(**{field: value})

@@ -92,6 +92,16 @@ async def test_a_start_that_fails_is_an_error_with_the_log(tmp_path: Path, monke
     await client.aclose()
 
 
+async def test_a_home_that_cannot_be_used_is_told_in_a_line(tmp_path: Path) -> None:
+    """What is wrong with the home is the end of the server's log, without a traceback around it."""
+    (tmp_path / "tg-tinker.db").write_bytes(b"mine" * 1000)
+    client = endpoint(tmp_path)
+    with pytest.raises(ServerUnreachableError, match=r"tg-tinker\.db cannot be used") as caught:
+        await client.resolve()
+    assert "Traceback" not in caught.value.message
+    await client.aclose()
+
+
 async def test_a_start_has_a_timeout_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that never becomes ready is given up after ``ready_timeout``."""
     stand_in(monkeypatch, SILENT)

@@ -37,12 +37,22 @@ def test_a_model_input_grows_without_changing() -> None:
     assert hash(first) == hash(ModelInput.from_ints(np.array([1, 2])))
 
 
-@pytest.mark.parametrize("tokens", [[1, -1], [[1]], [1.5], "text", [None]], ids=str)
+@pytest.mark.parametrize("tokens", [[1, -1], [[1]], [1.5], "text", [None], 5, [2.0**63]], ids=str)
 def test_tokens_must_be_a_flat_list_of_ids(tokens: Any) -> None:
-    """Negative, nested, fractional or textual tokens are refused."""
+    """Negative, nested, fractional, endless or textual tokens, and a single number, are refused."""
     with pytest.raises(InvalidRequestError) as caught:
         ModelInput.from_ints(tokens)
     assert caught.value.field == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "place"), [([1, True], "tokens[1]"), ((False,), "tokens[0]"), (np.array([True]), "tokens")], ids=str
+)
+def test_true_and_false_are_no_tokens(tokens: Any, place: str) -> None:
+    """Booleans among token ids are refused by place, although numpy would count them as 1 and 0."""
+    with pytest.raises(InvalidRequestError, match="not True or False") as caught:
+        ModelInput.from_ints(tokens)
+    assert caught.value.field == place
 
 
 def test_an_image_chunk_is_refused() -> None:
@@ -58,12 +68,14 @@ def test_an_image_chunk_is_refused() -> None:
         ({"target_tokens": _ints(1)}, "loss_fn_inputs.target_tokens"),
         ({"weights": [1.0, 1.0]}, "loss_fn_inputs.weights"),
         ({"target_tokens": TensorData(1, "int64")}, "loss_fn_inputs.target_tokens"),
+        ({"target_tokens": TensorData([True, False], "bool")}, "loss_fn_inputs.target_tokens"),
+        ({"target_tokens": TensorData([1.5, 2.0])}, "loss_fn_inputs.target_tokens"),
         ([("weights", 1)], "loss_fn_inputs"),
     ],
     ids=str,
 )
 def test_a_datum_checks_that_its_tensors_fit(inputs: Any, field: str) -> None:
-    """Every tensor has one value per input position; the error names the tensor that has not."""
+    """Every tensor has one value per input position, targets are whole; the error names the tensor that is wrong."""
     with pytest.raises(InvalidRequestError) as caught:
         Datum(ModelInput.from_ints([1, 2]), inputs)
     assert caught.value.field == field
@@ -120,6 +132,8 @@ def test_an_example_needs_both_ends(prompt: Any, answer: Any, limit: int | None,
         (SamplingParams, "stop", ["a", 1]),
         (SamplingParams, "stop", [-1]),
         (SamplingParams, "stop", 5),
+        (SamplingParams, "stop", [True]),
+        (SamplingParams, "stop", ["x"] * 1025),
     ],
 )
 def test_parameters_are_checked_at_construction(kind: type[Any], field: str, value: object) -> None:
@@ -184,6 +198,10 @@ def test_a_prompt_is_a_model_input_or_a_list_of_ids() -> None:
         ("ppo", {"clip": 1.0}, "loss_fn_config.clip"),
         ("ppo", {"clip_low_threshold": float("nan")}, "loss_fn_config.clip_low_threshold"),
         ("dro", {"beta": "0.1"}, "loss_fn_config.beta"),
+        ("dro", {"beta": True}, "loss_fn_config.beta"),
+        ("dro", {"beta": 10**400}, "loss_fn_config.beta"),
+        ("cross_entropy", {"skip_token_normalization": 2}, "loss_fn_config.skip_token_normalization"),
+        ("cross_entropy", {"skip_token_normalization": "no"}, "loss_fn_config.skip_token_normalization"),
         ("importance_sampling", [("a", 1)], "loss_fn_config"),
     ],
 )
@@ -201,6 +219,7 @@ def test_settings_are_filled_with_defaults() -> None:
         "clip_high_threshold": 1.2,
     }
     assert losses.settings("cross_entropy", None) == {"skip_token_normalization": False}
+    assert losses.settings("cross_entropy", {"skip_token_normalization": 1.0}) == {"skip_token_normalization": True}
 
 
 @pytest.mark.parametrize("loss", [name for name, spec in losses.LOSSES.items() if spec.required])

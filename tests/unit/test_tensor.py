@@ -69,6 +69,10 @@ def test_none_means_nan_in_a_float_tensor() -> None:
         ((["a"], "float32"), "data"),
         (([[1, 2], [3]], "int64"), "data[1]"),
         (([None], "int64"), "data"),
+        (([1, True], "int64"), "data[1]"),
+        ((np.array([True]), "int8"), "data"),
+        (([1], "int64", [[1]]), "shape"),
+        (([1], "int64", [True]), "shape[0]"),
     ],
     ids=str,
 )
@@ -99,7 +103,10 @@ def test_every_finite_array_survives_the_wire(array: Any) -> None:
     assert codec.decode(TensorData, codec.loads(codec.dumps(tensor))) == tensor
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(300, "int8"), (2**40, "int32"), (2, "bool")])
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [(300, "int8"), (2**40, "int32"), (2, "bool"), (1e39, "float32"), (1e5, "float16"), (10**18, "float16")],
+)
 def test_a_value_that_its_dtype_cannot_hold_is_refused(value: int, dtype: str) -> None:
     """Nothing wraps around silently."""
     with pytest.raises(InvalidRequestError, match=f"values that fit {dtype}"):

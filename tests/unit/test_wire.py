@@ -131,7 +131,7 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
         ({}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": "text"}, "prompt"),
-        ({"prompt": [-1]}, "tokens"),
+        ({"prompt": [-1]}, "prompt"),
         ({"prompt": [1], "n": 0}, "n"),
         ({"prompt": [1], "n": True}, "n"),
         ({"prompt": [1], "max_tokens": -1}, "max_tokens"),

@@ -33,7 +33,7 @@ def whole(field: str, value: object, low: int, high: int | None = None) -> int:
 
 def seconds(field: str, value: object) -> float:
     """A finite length of time greater than 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not checks.finite(value) or value <= 0:
         raise checks.refuse(field, "a number of seconds greater than 0", value)
     return float(value)
 
@@ -42,9 +42,11 @@ def patience(field: str, value: object) -> float | None:
     """How long to wait, never less than 0 seconds; None, and infinity, are as long as it takes."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, float) and math.isinf(value):
+        return None if value > 0 else 0.0
+    if not checks.finite(value):
         raise checks.refuse(field, "seconds or None", value)
-    return None if value == math.inf else max(0.0, float(value))
+    return max(0.0, float(value))
 
 
 def flag(field: str, value: object) -> bool:

@@ -44,7 +44,7 @@ class BatchData:
         if (ids < 0).any():
             row, position = divmod(int((ids < 0).argmax()), ids.shape[1])
             raise checks.refuse(f"input_ids[{row}][{position}]", "a token id of at least 0", int(ids[row, position]))
-        mask = _ones_like(ids) if attention_mask is None else _shaped(attention_mask, "attention_mask", ids.shape)
+        mask = _ones_like(ids) if attention_mask is None else _mask(attention_mask, ids.shape)
         if not ((mask == 0) | (mask == 1)).all():
             raise checks.refuse("attention_mask", "only 0 and 1", attention_mask)
         empty = (mask.sum(axis=1) == 0).nonzero()[0]
@@ -105,15 +105,19 @@ class BatchData:
         }
 
 
-def _matrix(value: object, field: str) -> NDArray[np.int64]:
-    matrix = arrays.whole_numbers(value, field)
+def _mask(value: object, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    return _shaped(value, "attention_mask", shape, flags=True)  # tokenizers and libraries have masks of True and False
+
+
+def _matrix(value: object, field: str, *, flags: bool = False) -> NDArray[np.int64]:
+    matrix = arrays.whole_numbers(value, field, flags=flags)
     if matrix.ndim != 2:
         raise checks.refuse(field, f"rows of token ids, two dimensions, not {matrix.ndim}", value)
     return matrix
 
 
-def _shaped(value: object, field: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
-    matrix = _matrix(value, field)
+def _shaped(value: object, field: str, shape: tuple[int, ...], *, flags: bool = False) -> NDArray[np.int64]:
+    matrix = _matrix(value, field, flags=flags)
     if matrix.shape != shape:
         raise checks.refuse(field, f"the shape of input_ids {shape}", matrix.shape)
     return matrix

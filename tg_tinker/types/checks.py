@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 import attrs
 
@@ -16,6 +17,13 @@ from tg_tinker.errors import InvalidRequestError
 
 T = TypeVar("T")
 Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+MOST_LEVELS = 64  # of JSON values that mean nothing to us
+_LONGEST_NAME = 100  # characters of a name that nobody knows, in messages
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 4, 80, 80
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxset = _BRIEF.maxfrozenset = _BRIEF.maxdict = 20
 
 
 def refuse(field: str, constraint: str, value: object) -> InvalidRequestError:
@@ -27,9 +35,20 @@ def refuse(field: str, constraint: str, value: object) -> InvalidRequestError:
 
 
 def shown(value: object, limit: int = 60) -> str:
-    """A short repr, for messages."""
-    text = repr(value)
+    """A short repr, for messages; of what is long or deep it reads no more than the beginning."""
+    try:
+        text = _BRIEF.repr(value)
+    except ValueError:  # an integer of more digits than Python writes out
+        return f"one {type(value).__name__} too long to show"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def finite(value: object) -> TypeGuard[float]:
+    """Whether it is a number (not a bool) within the range of floats."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond that range
+        return False
 
 
 def integer(low: int, high: int | None = None) -> Validator:
@@ -44,15 +63,17 @@ def integer(low: int, high: int | None = None) -> Validator:
     return check
 
 
-def number(low: float = -math.inf, high: float = math.inf, *, above: float | None = None) -> Validator:
-    """A finite number from ``low`` to ``high``, or strictly greater than ``above``."""
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: float | None = None, below: float | None = None
+) -> Validator:
+    """A finite number from ``low`` to ``high``; strictly greater than ``above``, strictly less than ``below``."""
     floor = f"greater than {above}" if above is not None else f"of at least {low}" if low > -math.inf else ""
-    ceiling = f"and at most {high}" if high < math.inf else ""
+    ceiling = f"and less than {below}" if below is not None else f"and at most {high}" if high < math.inf else ""
     wanted = " ".join(part for part in ("a finite number", floor, ceiling) if part)
 
-    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or not low <= value <= high or (above is not None and value <= above):  # type: ignore[operator]
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        within = finite(value) and low <= value <= high
+        if not within or (above is not None and value <= above) or (below is not None and value >= below):
             raise refuse(attribute.name, wanted, value)
 
     return check
@@ -63,7 +84,7 @@ def choice(*allowed: str) -> Validator:
     wanted = "one of " + ", ".join(repr(name) for name in allowed)
 
     def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
-        if value not in allowed:
+        if not isinstance(value, str) or value not in allowed:
             raise refuse(attribute.name, wanted, value)
 
     return check
@@ -77,6 +98,22 @@ def instance(kind: type | tuple[type, ...], wanted: str) -> Validator:
             raise refuse(attribute.name, wanted, value)
 
     return check
+
+
+def json_object() -> Validator:
+    """A dict that JSON can hold, of at most ``MOST_LEVELS`` levels: every walk through it is a recursion."""
+    wanted = f"a dict of JSON values, at most {MOST_LEVELS} levels deep"
+
+    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+        if not isinstance(value, dict) or not _shallow(value, MOST_LEVELS):
+            raise refuse(attribute.name, wanted, value)
+
+    return check
+
+
+def _shallow(value: Any, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_shallow(item, levels - 1) for item in items if isinstance(item, dict | list | tuple))
 
 
 def flag() -> Validator:
@@ -94,13 +131,14 @@ def text(*, empty: bool = False) -> Validator:
     return check
 
 
-def texts(*, empty: bool = False) -> Validator:
-    """A tuple of non-empty strings."""
+def texts(*, empty: bool = False, most: int | None = None) -> Validator:
+    """A tuple of non-empty strings, at most ``most``."""
+    wanted = "a list of non-empty strings" if most is None else f"a list of at most {most} non-empty strings"
 
-    def check(_: object, attribute: attrs.Attribute[Any], value: object) -> None:
+    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         good = isinstance(value, tuple) and all(isinstance(item, str) and item for item in value)
-        if not good or not (value or empty):
-            raise refuse(attribute.name, "a list of non-empty strings", value)
+        if not good or not (value or empty) or (most is not None and len(value) > most):
+            raise refuse(attribute.name, wanted, value)
 
     return check
 
@@ -135,10 +173,10 @@ def build(cls: type[T], fields: Mapping[str, Any], at: str = "") -> T:
 
     ``at`` is where the mapping sits in a larger one (``"lora_config"``): error fields carry it as a prefix.
     """
-    known = [field.alias or field.name for field in attrs.fields(cls) if field.init]  # type: ignore[arg-type]
-    for name in fields:
-        if name not in known:
-            raise located(_unknown(cls, str(name), known), at)
+    try:
+        refuse_unknown(cls, fields)
+    except InvalidRequestError as error:
+        raise located(error, at) from error
     missing = [f.name for f in attrs.fields(cls) if f.init and f.default is attrs.NOTHING and f.name not in fields]  # type: ignore[arg-type]
     if missing:
         raise located(refuse(missing[0], "a value (it has no default)", None), at)
@@ -162,11 +200,21 @@ def located(error: InvalidRequestError, at: str) -> InvalidRequestError:
     return InvalidRequestError(message, field=field, constraint=error.constraint, problems=problems)
 
 
-def _unknown(cls: type, name: str, known: list[str]) -> InvalidRequestError:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}"
-    problem = f"no field of {cls.__name__}; {hint}"
-    return InvalidRequestError(f"{name}: {problem}", field=name, problems=[f"{problem} @ $.{name}"])
+def refuse_unknown(cls: type, fields: Mapping[str, Any], *also: str) -> None:
+    """Raise ``InvalidRequestError`` for the first name that is neither a field of ``cls`` nor in ``also``."""
+    known = [field.alias or field.name for field in attrs.fields(cls) if field.init]
+    refuse_others(fields, [*known, *also], f"no field of {cls.__name__}")
+
+
+def refuse_others(names: Collection[str], known: Collection[str], problem: str) -> None:
+    """Raise ``InvalidRequestError`` for the first name that is not known, with the nearest one that is."""
+    for name in names:
+        if name not in known:
+            field = str(name)[:_LONGEST_NAME]
+            near = difflib.get_close_matches(field, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}"
+            told = f"{problem}; {hint}"
+            raise InvalidRequestError(f"{field}: {told}", field=field, problems=[f"{told} @ $.{field}"])
 
 
 def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:

@@ -6,7 +6,6 @@ training run. Whether a model exists or a device can do fp16 is the server's to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ ACCOUNTANTS = ("rdp", "moments", "gdp", "prv")
 
 #: fields that not every optimizer reads -> those that do
 _READ_BY = {"betas": ("adamw", "adam"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
+_MOST_ROWS = 10**9  # and as many batches: their product is a number that JSON can hold
 _WITH_CYCLES = ("cosine", "cosine_with_restarts")
 
 
@@ -39,7 +39,7 @@ class LoRAConfig:
 
     rank: int = attrs.field(default=16, validator=checks.integer(1, 512))
     alpha: float = attrs.field(default=32.0, validator=checks.number(1.0))
-    dropout: float = attrs.field(default=0.05, validator=checks.number(0.0, 1.0))
+    dropout: float = attrs.field(default=0.05, validator=checks.number(0.0, below=1.0))
     target_modules: tuple[str, ...] = attrs.field(
         default=("q_proj", "v_proj", "k_proj", "o_proj"), converter=checks.tupled, validator=checks.texts()
     )
@@ -58,7 +58,7 @@ def _copied(value: Any) -> Any:
 
 
 def _two_decay_rates(_: object, __: object, value: Any) -> None:
-    good = isinstance(value, tuple) and len(value) == 2 and all(isinstance(beta, (int, float)) for beta in value)
+    good = isinstance(value, tuple) and len(value) == 2 and all(checks.finite(beta) for beta in value)
     if not good or not all(0.0 <= beta < 1.0 for beta in value):
         raise checks.refuse("betas", "two numbers from 0 up to, not including, 1", value)
 
@@ -103,8 +103,14 @@ def _check_schedule(schedule: str, settings: Mapping[str, Any]) -> None:
         if name not in known:
             wanted = f"{' and '.join(known) or 'nothing'} alone for the {schedule} schedule"
             raise checks.refuse("lr_scheduler_kwargs", wanted, dict(settings))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        if not checks.finite(value) or value < 0:
             raise checks.refuse(f"lr_scheduler_kwargs.{name}", "a finite number of at least 0", value)
+
+
+def _noise(_: object, __: object, value: Any) -> None:
+    """No noise at all, or as much as accountants can compute with: their series overflow, or never end, beyond."""
+    if not checks.finite(value) or not (value == 0 or 1e-6 <= value <= 1e6):
+        raise checks.refuse("noise_multiplier", "0, or a finite number from 1e-06 to 1e+06", value)
 
 
 @attrs.frozen(kw_only=True)
@@ -120,7 +126,7 @@ class DPConfig:
     """
 
     enabled: bool = attrs.field(default=True, validator=checks.flag())
-    noise_multiplier: float = attrs.field(default=1.0, validator=checks.number(0.0))
+    noise_multiplier: float = attrs.field(default=1.0, validator=_noise)
     max_grad_norm: float = attrs.field(default=1.0, validator=checks.number(above=0.0))
     target_epsilon: float | None = attrs.field(default=8.0, validator=checks.optional(checks.number(0.0)))
     target_delta: float = attrs.field(default=1e-5, validator=checks.number(above=0.0, high=1.0 - 1e-12))
@@ -173,13 +179,13 @@ class TrainingConfig:
     lora_config: LoRAConfig = attrs.field(factory=LoRAConfig, converter=_lora)
     optimizer: OptimizerConfig = attrs.field(factory=OptimizerConfig, converter=_optimizer)
     dp_config: DPConfig | None = attrs.field(default=None, converter=_dp)
-    batch_size: int = attrs.field(default=8, validator=checks.integer(1))
-    gradient_accumulation_steps: int = attrs.field(default=1, validator=checks.integer(1))
+    batch_size: int = attrs.field(default=8, validator=checks.integer(1, _MOST_ROWS))
+    gradient_accumulation_steps: int = attrs.field(default=1, validator=checks.integer(1, _MOST_ROWS))
     max_steps: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(1)))
     max_sequence_length: int = attrs.field(default=2048, validator=checks.integer(1))
     mixed_precision: str = attrs.field(default="auto", validator=checks.choice(*PRECISIONS))
     gradient_checkpointing: bool = attrs.field(default=False, validator=checks.flag())
-    metadata: dict[str, Any] = attrs.field(factory=dict, converter=_copied, validator=checks.instance(dict, "a dict"))
+    metadata: dict[str, Any] = attrs.field(factory=dict, converter=_copied, validator=checks.json_object())
     seed: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(0, 2**63 - 1)))
 
     def __attrs_pre_init__(self, *args: object, **fields: object) -> None:

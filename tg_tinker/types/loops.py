@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 LossName = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro", "dppo", "dpo"]
 
+MOST_STOPS = 1024  # that end one completion: each is looked for at every token
+
+
+def token_ids(value: object, field: str) -> NDArray[np.int64]:
+    """Token ids as an int64 array, ``(positions,)``. Raises ``InvalidRequestError`` naming ``field``."""
+    array = arrays.whole_numbers(value, field)
+    if array.ndim != 1 or (array < 0).any():
+        raise checks.refuse(field, "a flat list of token ids of at least 0", value)
+    return array
+
 
 @attrs.frozen(eq=False, init=False, repr=False)
 class EncodedTextChunk:
@@ -31,10 +41,7 @@ class EncodedTextChunk:
     array: NDArray[np.int64]
 
     def __init__(self, tokens: object) -> None:
-        array = arrays.whole_numbers(tokens, "tokens")
-        if array.ndim != 1 or (array < 0).any():
-            raise checks.refuse("tokens", "a flat list of token ids of at least 0", tokens)
-        checks.assign(self, array=array)
+        checks.assign(self, array=token_ids(tokens, "tokens"))
 
     @property
     def tokens(self) -> list[int]:
@@ -135,6 +142,8 @@ def _are_aligned(datum: Datum, _: object, inputs: object) -> None:
             raise checks.refuse(field, "a TensorData (TensorData.from_list makes one of a list)", tensor)
         if tensor.array.ndim not in {1, 2} or tensor.array.shape[0] != datum.model_input.length:
             raise checks.refuse(field, f"one value per input position, {datum.model_input.length}", tensor.shape)
+        if name == "target_tokens":
+            arrays.whole_numbers(tensor.array, field)
 
 
 @attrs.frozen(eq=False)
@@ -203,6 +212,8 @@ def _stops(_: object, __: object, value: Any) -> None:
         raise checks.refuse("stop", "a string, a list of strings, or a list of token ids", value)
     if any(item == "" or (isinstance(item, int) and item < 0) for item in items):
         raise checks.refuse("stop", "non-empty strings or token ids of at least 0", value)
+    if len(items) > MOST_STOPS:
+        raise checks.refuse("stop", f"at most {MOST_STOPS} strings or token ids", value)
 
 
 @attrs.frozen(kw_only=True)

@@ -6,7 +6,6 @@ The client checks a call against this table before it is sent; ``engine.training
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 
 import attrs
@@ -60,9 +59,15 @@ def settings(loss_fn: object, config: object) -> dict[str, float | bool]:
         allowed = ", ".join(spec.defaults) or "none"
         if key not in spec.defaults:
             raise checks.refuse(f"loss_fn_config.{key}", f"a key of {loss_fn} ({allowed})", key)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise checks.refuse(f"loss_fn_config.{key}", "a finite number", value)
+        flag = isinstance(spec.defaults[key], bool)
+        if not (_is_flag(value) if flag else checks.finite(value)):
+            raise checks.refuse(f"loss_fn_config.{key}", "True or False" if flag else "a finite number", value)
     return {**spec.defaults, **(config or {})}
+
+
+def _is_flag(value: object) -> bool:
+    """True and False, also as the numbers 1 and 0: Loops declares every setting a float."""
+    return isinstance(value, int | float) and value in {0, 1}
 
 
 def require_inputs(loss_fn: str, data: Sequence[Datum]) -> None:

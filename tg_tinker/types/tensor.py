@@ -32,16 +32,12 @@ class TensorData:
     def __init__(self, data: object, dtype: str = "float32", shape: Sequence[int] | None = None) -> None:
         if not isinstance(dtype, str) or dtype not in arrays.DTYPES:
             raise checks.refuse("dtype", f"one of {', '.join(arrays.DTYPES)}", dtype)
-        whole = dtype.startswith("int") or dtype == "bool"
-        array = arrays.whole_numbers(data, "data") if whole else arrays.as_array(_nan_for_none(data), "data")
-        given, array = array, array.astype(arrays.DTYPES[dtype], copy=False)
-        if whole and (array != given).any():
-            raise checks.refuse("data", f"values that fit {dtype}", data)
+        array = _values(data, dtype)
         if shape is not None:
-            wanted = tuple(arrays.whole_numbers(shape, "shape").tolist())
-            if any(size < 0 for size in wanted) or math.prod(wanted) != array.size:
-                raise checks.refuse("shape", f"sizes whose product is the number of values, {array.size}", list(wanted))
-            array = array.reshape(wanted)
+            sizes = arrays.whole_numbers(shape, "shape")
+            if sizes.ndim != 1 or (sizes < 0).any() or math.prod(sizes.tolist()) != array.size:
+                raise checks.refuse("shape", f"sizes whose product is the number of values, {array.size}", shape)
+            array = array.reshape(sizes.tolist())
         checks.assign(self, array=array, dtype=dtype)
 
     @property
@@ -102,6 +98,22 @@ class TensorData:
         """Dtype and shape, and the values where they are few."""
         values = f", {self.data}" if self.array.size <= 8 else ""
         return f"TensorData({self.dtype}, shape={self.shape}{values})"
+
+
+def _values(data: object, dtype: str) -> NDArray[Any]:
+    """The values in their dtype; what does not fit into it is refused, and True and False where it has integers."""
+    import numpy as np
+
+    if dtype == "bool" or dtype.startswith("int"):
+        given = arrays.whole_numbers(data, "data", flags=dtype == "bool")
+    else:
+        given = arrays.as_array(_nan_for_none(data), "data")
+    with np.errstate(over="ignore"):
+        array = given.astype(arrays.DTYPES[dtype], copy=False)
+    lost = np.isinf(array) & np.isfinite(given) if array.dtype.kind == "f" else array != given
+    if lost.any():
+        raise checks.refuse("data", f"values that fit {dtype}", data)
+    return array
 
 
 def _nan_for_none(data: object) -> object:

@@ -1,7 +1,8 @@
 """The one converter between values and JSON: exact on writing, tolerant on reading.
 
 * numpy arrays are written as JSON numbers straight from memory (orjson), never by way of Python lists;
-* unknown keys are ignored on reading, except in configs, whose fields are refused with the nearest known name;
+* unknown keys are ignored on reading, except in configs, whose fields are refused with the nearest known name; a value
+  with fields comes from an object and a tuple from a list, and from nothing else;
 * faults are reported all together in ``InvalidRequestError.problems``: ``"message @ $.data[3].model_input"``.
 """
 
@@ -12,7 +13,8 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import cache, partial
-from typing import Any, TypeVar, cast
+from types import GenericAlias
+from typing import Any, TypeVar, cast, get_args, get_origin
 
 import attrs
 
@@ -103,6 +105,8 @@ def _converter() -> Any:
     from cattrs import Converter
 
     converter = Converter()
+    converter.register_structure_hook_factory(attrs.has, partial(_from_object, converter))
+    converter.register_structure_hook_factory(_is_list, partial(_from_list, converter))
     for cls, read in _READERS.items():  # by identity: cattrs would resolve annotations that need numpy
         converter.register_structure_hook_func(partial(operator.is_, cls), read)
     for cls, read in _PRIMITIVES.items():  # by class: there cattrs has readers of its own, which convert
@@ -110,6 +114,36 @@ def _converter() -> Any:
     for cls, write in _WRITERS.items():
         converter.register_unstructure_hook_func(partial(operator.is_, cls), write)
     return converter
+
+
+def _from_object(converter: Any, cls: type) -> Callable[[Any, Any], Any]:
+    """A reader of a class with fields; cattrs would take a list, or a text, for an object without any."""
+    from cattrs.gen import make_dict_structure_fn
+
+    read: Callable[[Any, Any], Any] = make_dict_structure_fn(cls, converter)
+
+    def check(data: Any, _: object) -> Any:
+        if not isinstance(data, Mapping):
+            raise InvalidRequestError(f"expected an object with the fields of {cls.__name__}, got {checks.shown(data)}")
+        return read(data, cls)
+
+    return check
+
+
+def _is_list(kind: Any) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[1:] == (...,)
+
+
+def _from_list(converter: Any, kind: Any) -> Callable[[Any, Any], Any]:
+    """A reader of a tuple; cattrs would take the letters of a text, or the names of an object, for its items."""
+    items = GenericAlias(list, get_args(kind)[0])
+
+    def check(data: Any, _: object) -> Any:
+        if not isinstance(data, list | tuple):
+            raise InvalidRequestError(f"expected a list, got {checks.shown(data)}")
+        return tuple(converter.structure(data, items))
+
+    return check
 
 
 def _build(data: Any, cls: type[T]) -> T:
@@ -144,7 +178,8 @@ def _datum(data: Any, _: object) -> Datum:
     if fields.get("routed_experts_ref") is not None:
         wanted = "null: the models served here route no experts"
         raise checks.refuse("routed_experts_ref", wanted, fields["routed_experts_ref"])
-    tensors = fields.get("loss_fn_inputs") or {}
+    tensors = fields.get("loss_fn_inputs")
+    tensors = {} if tensors is None else tensors
     if not isinstance(tensors, Mapping):
         raise checks.refuse("loss_fn_inputs", "an object of tensors", tensors)
     named = {}

@@ -12,7 +12,7 @@ import attrs
 
 from tg_tinker.errors import ServerError
 from tg_tinker.types import checks
-from tg_tinker.types.loops import ModelInput, SamplingParams
+from tg_tinker.types.loops import ModelInput, SamplingParams, token_ids
 from tg_tinker.types.loops_results import SampledSequence, SampleResponse
 from tg_tinker.wire import headers
 
@@ -70,14 +70,13 @@ def read_request(body: Mapping[str, Any]) -> CompletionRequest:
     prompt = body.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise checks.refuse("prompt", "a non-empty list of token ids (text only)", prompt)
-    tokens = ModelInput.from_ints(prompt).to_ints()
-    top_k = body.get("top_k") or -1
+    tokens = token_ids(prompt, "prompt").tolist()
     params = SamplingParams(
         max_tokens=body.get("max_tokens"),
         seed=body.get("seed"),
         stop=_stops(body),
         temperature=body.get("temperature", 1.0),
-        top_k=top_k,
+        top_k=-1 if body.get("top_k") is None else body["top_k"],
         top_p=body.get("top_p", 1.0),
     )
     wanted = body.get("prompt_logprobs")
@@ -161,8 +160,15 @@ def _sequence(choice: Mapping[str, Any]) -> SampledSequence:
 
 
 def _stops(body: Mapping[str, Any]) -> Any:
-    stop = body.get("stop") or body.get("stop_token_ids") or None
-    return tuple(stop) if isinstance(stop, list) else stop
+    """What ends a completion: texts or token ids, never both."""
+    texts, tokens = (None if body.get(name) == [] else body.get(name) for name in ("stop", "stop_token_ids"))
+    if tokens is None:
+        return tuple(texts) if isinstance(texts, list) else texts
+    if texts is not None:
+        raise checks.refuse("stop_token_ids", "nothing beside stop", tokens)
+    if not isinstance(tokens, list) or {type(token) for token in tokens} != {int}:
+        raise checks.refuse("stop_token_ids", "a list of token ids", tokens)
+    return tuple(tokens)
 
 
 def _prompt_logprobs(response: SampleResponse) -> list[dict[str, Any] | None] | None:

@@ -13,11 +13,13 @@ import attrs
 
 from tg_tinker.types import checks, results
 from tg_tinker.types.batch import BatchData
+from tg_tinker.types.loops import MOST_STOPS
 from tg_tinker.types.value import Value
 from tg_tinker.wire.route import Route
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 ENDED = ("completed", "failed", "cancelled")
+MOST_COMPLETIONS = 16_384  # of one sample
 RUN_COMPLETED, RUN_FAILED = "RUN_COMPLETED", "RUN_FAILED"  # codes of errors that tell what has become of the run
 
 
@@ -55,12 +57,20 @@ class SampleRequest:
     temperature: float = attrs.field(default=1.0, validator=checks.number(0.0))
     top_p: float = attrs.field(default=1.0, validator=checks.number(above=0.0, high=1.0))
     top_k: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(0)))
-    stop_sequences: tuple[str, ...] = attrs.field(default=(), converter=_stops, validator=checks.texts(empty=True))
+    stop_sequences: tuple[str, ...] = attrs.field(
+        default=(), converter=_stops, validator=checks.texts(empty=True, most=MOST_STOPS)
+    )
     num_completions: int = attrs.field(default=1, validator=checks.integer(1, 1024))
     repetition_penalty: float = attrs.field(default=1.0, validator=checks.number(above=0.0))
     presence_penalty: float = attrs.field(default=0.0, validator=checks.number(-2.0, 2.0))
     frequency_penalty: float = attrs.field(default=0.0, validator=checks.number(-2.0, 2.0))
     seed: int | None = attrs.field(default=None, validator=checks.optional(checks.integer(0, 2**63 - 1)))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse more completions than a request can hold without keeping all others waiting."""
+        if len(self.prompts) * self.num_completions > MOST_COMPLETIONS:
+            wanted = f"at most {MOST_COMPLETIONS} completions of all prompts together"
+            raise checks.refuse("num_completions", wanted, len(self.prompts) * self.num_completions)
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +78,7 @@ class SaveStateRequest:
     """``metadata`` is any JSON object, stored inside the sealed artifact's manifest."""
 
     include_optimizer: bool = True
-    metadata: dict[str, Any] = attrs.field(factory=dict)
+    metadata: dict[str, Any] = attrs.field(factory=dict, validator=checks.json_object())
 
 
 @attrs.frozen(kw_only=True)

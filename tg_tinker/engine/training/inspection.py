@@ -105,7 +105,8 @@ def _out_of_range(ids: NDArray[np.int64], used: NDArray[Any], vocab_size: int, w
 
 
 def _first(bad: NDArray[Any], values: NDArray[Any], expected: str, where: str) -> Iterator[str]:
-    """Name the first bad value of an array, by its index."""
+    """Name the first bad value of an array, by its index; an infinity of the client's comes out of JSON as a NaN."""
     if bad.any():
         index = np.unravel_index(int(bad.argmax()), bad.shape)
-        yield f"{values[index]}; expected {expected} @ {where}{''.join(f'[{int(i)}]' for i in index)}"
+        told = values[index] if np.isfinite(values[index]) else "not finite"
+        yield f"{told}; expected {expected} @ {where}{''.join(f'[{int(i)}]' for i in index)}"

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.server.api import query
 from tg_tinker.server.creation import Creation
 from tg_tinker.server.middleware import REQUEST_ID, ROOMS, TENANT
 from tg_tinker.server.records.tickets import Held, Ticket
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 CREATION: web.AppKey[Creation] = web.AppKey("creation", Creation)
 LONG_BODY = 64 * 1024  # bytes; a longer one is decoded in a thread, so that nobody else waits for it
+SLOWEST_BODY = 600.0  # seconds; a client that sends on for longer waits for nothing, or means no good
 LONGEST_KEY = 128
 _OURS = "tg-tinker/"
 MAX_WAIT = 60.0  # seconds that one poll may be held
@@ -59,17 +61,30 @@ async def run_of(request: web.Request, run_id: str, surface: Surface | None = No
     return run
 
 
-async def read(request: web.Request, cls: type[T]) -> T:
-    """The body as a checked value; raises ``InvalidRequestError`` with every fault."""
-    return await _parsed(request, lambda body: codec.decode(cls, codec.loads(body or b"{}")))
+async def read(request: web.Request, cls: type[T], *, exact: bool = False) -> T:
+    """The body as a checked value; raises ``InvalidRequestError`` with every fault.
+
+    ``exact``: a key that ``cls`` does not know is a fault too, as on the TG wire; others ignore it.
+    """
+
+    def decode(fields: dict[str, Any]) -> T:
+        if exact:
+            checks.refuse_unknown(cls, fields)
+        return codec.decode(cls, fields)
+
+    return await read_as(request, decode)
 
 
-async def read_json(request: web.Request) -> dict[str, Any]:
-    """The body as plain data, for wires that ignore what they do not know."""
-    data = await _parsed(request, lambda body: codec.loads(body or b"{}"))
-    if not isinstance(data, dict):
-        raise checks.refuse("body", "a JSON object", data)
-    return data
+async def read_as(request: web.Request, decode: Callable[[dict[str, Any]], T]) -> T:
+    """What ``decode`` makes of the body, which must be a JSON object; it may run in a thread."""
+
+    def parse(body: bytes) -> T:
+        fields = codec.loads(body or b"{}")
+        if not isinstance(fields, dict):
+            raise checks.refuse("body", "a JSON object", fields)
+        return decode(fields)
+
+    return await _parsed(request, parse)
 
 
 async def submit(
@@ -92,8 +107,8 @@ async def submit(
 def idempotency_key(request: web.Request) -> str | None:
     """The request's idempotency key, if it has one."""
     key = request.headers.get(headers.IDEMPOTENCY_KEY)
-    if key is not None and not 1 <= len(key) <= LONGEST_KEY:
-        raise checks.refuse(headers.IDEMPOTENCY_KEY, f"1 to {LONGEST_KEY} characters", key)
+    if key is not None and not (1 <= len(key) <= LONGEST_KEY and key.isprintable()):
+        raise checks.refuse(headers.IDEMPOTENCY_KEY, f"1 to {LONGEST_KEY} printable characters", key)
     return key
 
 
@@ -112,19 +127,7 @@ def own_url(request: web.Request, path: str) -> str:
 def seconds_to_hold(request: web.Request) -> float:
     """How long a poll may be held: what it asks for (``wait``), else the server's own limit."""
     hold = rooms_of(request).settings.hold
-    return min(number(request, "wait", hold), max(hold, MAX_WAIT))
-
-
-def number(request: web.Request, name: str, default: float) -> float:
-    """A number of the query string, of at least 0."""
-    text = request.query.get(name)
-    try:
-        value = default if text is None else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value < 1e9:
-        raise checks.refuse(name, "a number of at least 0", text)
-    return value
+    return min(query.number(request, "wait", hold), max(hold, MAX_WAIT))
 
 
 def check_name(name: str, ttl_seconds: int | None) -> None:
@@ -161,5 +164,17 @@ async def ended(request: web.Request, held: Held, seconds: float | None) -> bool
 
 
 async def _parsed(request: web.Request, parse: Callable[[bytes], T]) -> T:
-    body = await request.read()
+    body = await _received(request)
     return parse(body) if len(body) <= LONG_BODY else await asyncio.to_thread(parse, body)
+
+
+async def _received(request: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(SLOWEST_BODY):
+            return await request.read()
+    except TimeoutError as error:
+        wanted = f"all of it within {SLOWEST_BODY:.0f} seconds"
+        raise InvalidRequestError(f"body: expected {wanted}", field="body", constraint=wanted) from error
+    except web.RequestPayloadError as error:
+        wanted = "bytes in the encodings that the headers name, within the limit for bodies"
+        raise InvalidRequestError(f"body: expected {wanted}", field="body", constraint=wanted) from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import attrs
 from aiohttp import web
 
-from tg_tinker.server.api import common
+from tg_tinker.server.api import common, query
 from tg_tinker.server.records.tickets import Held, Ticket
 from tg_tinker.wire import codec, tg
+
+STATUSES: tuple[str, ...] = get_args(tg.Status)
 
 
 def routes() -> list[web.RouteDef]:
@@ -22,11 +26,12 @@ def routes() -> list[web.RouteDef]:
 
 async def list_futures(request: web.Request) -> web.Response:
     """The tenant's futures, newest first, of earlier server processes too."""
+    query.only(request, "training_client_id", "status", "limit")
     listed = await common.rooms_of(request).journal.list(
         common.tenant_of(request),
         run_id=request.query.get("training_client_id"),
-        status=request.query.get("status"),
-        limit=min(1000, int(common.number(request, "limit", 100))),
+        status=query.choice(request, "status", STATUSES),
+        limit=query.limit(request),
     )
     return common.reply(listed)
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.server.api import common
+from tg_tinker.server.api import common, query
 from tg_tinker.server.middleware import event_id
 from tg_tinker.server.serving.published import check_serves
 from tg_tinker.types import checks
@@ -37,23 +37,23 @@ def routes() -> list[web.RouteDef]:
 
 async def list_checkpoints(request: web.Request) -> web.Response:
     """The checkpoints of a run, of a base model, or behind one URI, oldest first."""
-    store, tenant, query = common.rooms_of(request).store, common.tenant_of(request), request.query
-    asked = [name for name in ("run_id", "base_model", "checkpoint_path") if name in query]
+    store, tenant, given = common.rooms_of(request).store, common.tenant_of(request), request.query
+    asked = [name for name in ("run_id", "base_model", "checkpoint_path") if name in given]
     if len(asked) != 1:
         raise checks.refuse("run_id", "exactly one of run_id, base_model and checkpoint_path", asked)
     if asked == ["checkpoint_path"]:
-        uri = CheckpointUri.parse(query["checkpoint_path"], "checkpoint_path")
+        uri = CheckpointUri.parse(given["checkpoint_path"], "checkpoint_path")
         records = [await asyncio.to_thread(store.find, tenant, uri.run_id, uri.kind, uri.name)]
     else:
-        records = list(await asyncio.to_thread(store.list, tenant, query.get("run_id")))
-    base = query.get("base_model")
+        records = list(await asyncio.to_thread(store.list, tenant, given.get("run_id")))
+    base = given.get("base_model")
     chosen = [r for r in records if r.kind in {WEIGHTS, SAMPLER_WEIGHTS} and base in {None, r.metadata["base_model"]}]
     return common.reply({"checkpoints": [_view(record) for record in chosen]})
 
 
 async def validate(request: web.Request) -> web.Response:
     """An empty object for a checkpoint that is there and serves sampling, which is what clients ask for."""
-    body = await common.read_json(request)
+    body = await common.read_as(request, dict)
     uri = CheckpointUri.parse(body.get("checkpoint_path"), "checkpoint_path")
     check_serves(uri)
     store, tenant = common.rooms_of(request).store, common.tenant_of(request)
@@ -64,12 +64,13 @@ async def validate(request: web.Request) -> web.Response:
 async def files(request: web.Request) -> web.Response:
     """A page of a checkpoint's files, each behind a signed URL."""
     rooms, tenant = common.rooms_of(request), common.tenant_of(request)
+    size = query.whole(request, "page_size", query.PAGE, 1, query.PAGE)
+    start = query.whole(request, "page_token", 0)
     record = await asyncio.to_thread(rooms.store.get, tenant, request.match_info["id"])
     if record.kind not in {WEIGHTS, SAMPLER_WEIGHTS}:
         raise InvalidRequestError("id: this artifact is no Loops checkpoint; pull it instead", field="id")
     made = await rooms.exports.files(tenant, record.artifact_id)
-    size, start = int(common.number(request, "page_size", 1000)), int(common.number(request, "page_token", 0))
-    page = list(made.items())[start : start + max(1, size)]
+    page = list(made.items())[start : start + size]
     end = start + len(page)
     urls = tuple(_file(request, record, name, content) for name, content in page)
     token = end if end < len(made) else None

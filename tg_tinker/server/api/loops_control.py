@@ -114,7 +114,7 @@ async def teams(_: web.Request) -> web.Response:
 
 
 async def _new_run(request: web.Request, **settled: Any) -> Run:
-    fields = await common.read_json(request)
+    fields = await common.read_as(request, dict)
     if fields.get("base_checkpoint") is not None:
         raise checks.refuse("base_checkpoint", "nothing: name a checkpoint by its path", fields["base_checkpoint"])
     body = attrs.evolve(codec.decode(wire.TrainerRequest, fields), **settled)

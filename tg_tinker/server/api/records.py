@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from tg_tinker.errors import TGTinkerError
-from tg_tinker.server.api import common
+from tg_tinker.server.api import common, query
 from tg_tinker.server.middleware import event_id
-from tg_tinker.types import checks
 from tg_tinker.wire import tg
 
 if TYPE_CHECKING:
     from tg_tinker.store.checkpoints import ArtifactRecord
-
-
-PAGE = 1000  # audit entries in one answer, at most
 
 
 def routes() -> list[web.RouteDef]:
@@ -42,9 +37,10 @@ async def privacy(request: web.Request) -> web.Response:
 
 async def list_artifacts(request: web.Request) -> web.Response:
     """The tenant's artifacts, newest first."""
+    query.only(request, "training_client_id", "limit")
+    limit = query.limit(request)
     store, client = common.rooms_of(request).store, request.query.get("training_client_id")
     records = await asyncio.to_thread(store.list, common.tenant_of(request), client)
-    limit = int(common.number(request, "limit", 100))
     return common.reply([_listed(record) for record in reversed(records)][:limit])
 
 
@@ -73,18 +69,18 @@ async def pull_artifact(request: web.Request) -> web.Response:
 
 async def audit_logs(request: web.Request) -> web.Response:
     """Entries of the tenant's chain, in its order."""
-    auditing, query = common.rooms_of(request).auditing, request.query
+    query.only(request, "training_client_id", "operation", "start_time", "end_time", "limit", "offset")
+    auditing = common.rooms_of(request).auditing
+    asked: dict[str, Any] = {
+        "training_client_id": request.query.get("training_client_id"),
+        "operation": request.query.get("operation"),
+        "start_time": query.time(request, "start_time"),
+        "end_time": query.time(request, "end_time"),
+        "limit": query.limit(request),
+        "offset": query.whole(request, "offset", 0),
+    }
     await auditing.flush()
-    entries = await auditing.log.entries(
-        common.tenant_of(request),
-        training_client_id=query.get("training_client_id"),
-        operation=query.get("operation"),
-        start_time=_time(query, "start_time"),
-        end_time=_time(query, "end_time"),
-        limit=_limit(request),
-        offset=int(common.number(request, "offset", 0)),
-    )
-    return common.reply(entries)
+    return common.reply(await auditing.log.entries(common.tenant_of(request), **asked))
 
 
 async def audit_head(request: web.Request) -> web.Response:
@@ -117,21 +113,3 @@ def _listed(record: ArtifactRecord) -> dict[str, Any]:
         "created_at": record.created_at,
         "expires_at": record.expires_at,
     }
-
-
-def _limit(request: web.Request) -> int:
-    limit = common.number(request, "limit", 100)
-    if not 1 <= limit <= PAGE:
-        raise checks.refuse("limit", f"a number from 1 to {PAGE}; offset leads on", request.query["limit"])
-    return int(limit)
-
-
-def _time(query: Any, name: str) -> datetime | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    try:
-        time = datetime.fromisoformat(text)
-    except ValueError:
-        raise checks.refuse(name, "a time in ISO 8601", text) from None
-    return time.astimezone()

@@ -8,12 +8,11 @@ import secrets
 from aiohttp import web
 
 from tg_tinker.errors import SamplerNotReadyError
-from tg_tinker.server.api import common
+from tg_tinker.server.api import common, query
 from tg_tinker.server.middleware import REQUEST_ID, error_response
 from tg_tinker.server.serving.published import Weights
 from tg_tinker.server.serving.samplers import Sampler
 from tg_tinker.server.work.generations import Completion, Generations, generate, seed_of
-from tg_tinker.types import checks
 from tg_tinker.types.loops_results import SampledSequence, SampleResponse
 from tg_tinker.wire import completions, headers, loops
 from tg_tinker.wire.checkpoint_uri import CheckpointUri
@@ -35,7 +34,7 @@ def routes() -> list[web.RouteDef]:
 async def sample(request: web.Request) -> web.Response:
     """Sample; held while the version that the client insists on is not there, then 408."""
     sampler = await _sampler(request)
-    asked = completions.read_request(await common.read_json(request))
+    asked = await common.read_as(request, completions.read_request)
     with common.rooms_of(request).sampling.one(sampler.tenant):
         weights = await _weights(request, sampler)
         if weights is None:
@@ -48,7 +47,7 @@ async def sample(request: web.Request) -> web.Response:
 async def served_version(request: web.Request) -> web.Response:
     """The newest version served; with ``min`` held until that one is."""
     sampler = await _sampler(request)
-    minimum = int(common.number(request, "min", 0))
+    minimum = query.whole(request, "min", 0)
     if sampler.run is not None and minimum:
         await sampler.run.versions.reached(minimum, common.seconds_to_hold(request))
     newest = 0 if sampler.run is None else sampler.run.versions.newest
@@ -150,11 +149,7 @@ def _not_yet(request: web.Request, sampler: Sampler) -> web.Response:
 
 def _version(request: web.Request, name: str) -> int | None:
     text = request.headers.get(name)
-    if text is None:
-        return None
-    if not text.isdecimal():
-        raise checks.refuse(name, "a version number", text)
-    return int(text)
+    return None if text is None else query.digits(name, text)
 
 
 async def _sampler(request: web.Request) -> Sampler:

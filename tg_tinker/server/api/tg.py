@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from typing import Any
 
 from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.server.api import common, streams
+from tg_tinker.server.api import common, query, streams
 from tg_tinker.server.records.tickets import Ticket, outcome_of
 from tg_tinker.server.training import tg_operations
 from tg_tinker.server.training.runs import Run
-from tg_tinker.types import checks, results
+from tg_tinker.types import arguments, checks, results
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.wire import codec, digest, headers, tg
 
@@ -36,9 +38,7 @@ def routes() -> list[web.RouteDef]:
 
 async def create(request: web.Request) -> web.Response:
     """Make a run, from a saved state if the body names one."""
-    fields = await common.read_json(request)
-    checkpoint_id = fields.pop("checkpoint_id", None)
-    config = codec.decode(TrainingConfig, fields)
+    config, checkpoint_id = await common.read_as(request, _new_run)
     key = common.idempotency_key(request)
     run = await common.creation_of(request).tg_run(common.tenant_of(request), config, checkpoint_id, key)
     return common.reply(info(run), 201)
@@ -46,11 +46,9 @@ async def create(request: web.Request) -> web.Response:
 
 async def list_clients(request: web.Request) -> web.Response:
     """The tenant's runs, newest first."""
+    query.only(request, "status", "limit")
+    status, limit = query.choice(request, "status", STATUSES), query.limit(request)
     runs = common.rooms_of(request).runs.of_tenant(common.tenant_of(request), "tg")
-    status = request.query.get("status")
-    if status not in {None, *STATUSES}:
-        raise checks.refuse("status", f"one of {', '.join(STATUSES)}", status)
-    limit = int(common.number(request, "limit", 100))
     return common.reply([info(run) for run in runs if status in {None, run.status}][:limit])
 
 
@@ -69,7 +67,7 @@ async def delete_client(request: web.Request) -> web.Response:
 async def forward_backward(request: web.Request) -> web.Response:
     """Accept a pass."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read(request, tg.ForwardBackwardRequest)
+    body = await common.read(request, tg.ForwardBackwardRequest, exact=True)
     label = _batch_hash(run, body)
     ticket = await common.submit(
         request, run, "forward_backward", lambda t: tg_operations.forward_backward(run, engine, t, body, label)
@@ -82,7 +80,7 @@ async def forward_backward(request: web.Request) -> web.Response:
 async def optim_step(request: web.Request) -> web.Response:
     """Accept an optimizer step."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read(request, tg.OptimStepRequest)
+    body = await common.read(request, tg.OptimStepRequest, exact=True)
     ticket = await common.submit(request, run, "optim_step", lambda t: tg_operations.optim_step(run, engine, t, body))
     return accepted(ticket)
 
@@ -90,7 +88,7 @@ async def optim_step(request: web.Request) -> web.Response:
 async def sample(request: web.Request) -> web.Response:
     """Sample with the adapter as it is at this place in the run's order."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await _read_sample(request)
+    body = await common.read_as(request, _sample_request)
     prompts, seed = await _prompts(run, body), _seed(body)
     ticket = await common.submit(
         request, run, "sample", lambda _: tg_operations.sample(run, engine, body, prompts, seed)
@@ -101,7 +99,7 @@ async def sample(request: web.Request) -> web.Response:
 async def sample_stream(request: web.Request) -> web.StreamResponse:
     """The same for one prompt, token by token; the headers go out when the place in the order is taken."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await _read_sample(request)
+    body = await common.read_as(request, _sample_request)
     if len(body.prompts) != 1:
         raise checks.refuse("prompts", "a single prompt", list(body.prompts))
     prompts, seed, stream = await _prompts(run, body), _seed(body), streams.TokenStream(body.num_completions)
@@ -115,7 +113,7 @@ async def sample_stream(request: web.Request) -> web.StreamResponse:
 async def save_state(request: web.Request) -> web.Response:
     """Save the run's state as a sealed artifact."""
     run, rooms = await _run(request), common.rooms_of(request)
-    body = await common.read(request, tg.SaveStateRequest)
+    body = await common.read(request, tg.SaveStateRequest, exact=True)
     ticket = await common.submit(
         request, run, "save_state", lambda t: tg_operations.save_state(run, rooms.store, t, body)
     )
@@ -125,7 +123,7 @@ async def save_state(request: web.Request) -> web.Response:
 async def load_state(request: web.Request) -> web.Response:
     """Restore a saved state into the run."""
     run, rooms = await _run(request), common.rooms_of(request)
-    body = await common.read(request, tg.LoadStateRequest)
+    body = await common.read(request, tg.LoadStateRequest, exact=True)
     ticket = await common.submit(
         request, run, "load_state",
         lambda t: tg_operations.load_state(run, rooms.engine, rooms.store, t, body.artifact_id),
@@ -171,9 +169,16 @@ async def _answer(request: web.Request, ticket: Ticket, *, abandon: bool = False
     return web.Response(body=await outcome_of(ticket), content_type="application/json")
 
 
-async def _read_sample(request: web.Request) -> tg.SampleRequest:
-    """The body of a sample; one prompt, or one stop, may be a plain string."""
-    fields = await common.read_json(request)
+def _new_run(fields: dict[str, Any]) -> tuple[TrainingConfig, str | None]:
+    """A config, and the saved state to start from, if one is named beside its fields."""
+    checks.refuse_unknown(TrainingConfig, fields, "checkpoint_id")
+    checkpoint_id = arguments.optional_text("checkpoint_id", fields.pop("checkpoint_id", None))
+    return codec.decode(TrainingConfig, fields), checkpoint_id
+
+
+def _sample_request(fields: dict[str, Any]) -> tg.SampleRequest:
+    """What is asked of a sample; one prompt, or one stop, may be a plain string."""
+    checks.refuse_unknown(tg.SampleRequest, fields)
     for name in ("prompts", "stop_sequences"):
         if isinstance(fields.get(name), str):
             fields[name] = [fields[name]]
@@ -198,7 +203,11 @@ def _batch_hash(run: Run, body: tg.ForwardBackwardRequest) -> str:
 
 
 async def _prompts(run: Run, body: tg.SampleRequest) -> list[tuple[int, ...]]:
-    return [await run.model.encode(prompt) for prompt in body.prompts]
+    encoded = []
+    for prompt in body.prompts:
+        encoded.append(await run.model.encode(prompt))
+        await asyncio.sleep(0)  # thousands of prompts take seconds, and other requests want their turn
+    return encoded
 
 
 def _seed(body: tg.SampleRequest) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.server.engine import Engine
 from tg_tinker.server.settings import Settings
 from tg_tinker.server.work.scheduler import Scheduler
+from tg_tinker.types import checks
 
 if TYPE_CHECKING:
     from tg_tinker.engine.models.base_model import BaseModel
@@ -66,6 +68,9 @@ class Models:
 
     async def get(self, ref: str, dtype: str = "auto") -> Model:
         """The model, loaded if need be; callers that come together share one loading, and a failure is not kept."""
+        if not _can_be_named(ref):
+            message = f"there is no model {checks.shown(ref)}; no file and no model of the hub can have that name"
+            raise ResourceNotFoundError(message, resource_type="model", resource_id=checks.shown(ref))
         if not self._settings.may_load(ref):
             message = f"there is no model {ref!r}; this server loads folders only where its operator allows it"
             raise ResourceNotFoundError(message, resource_type="model", resource_id=ref)
@@ -130,6 +135,15 @@ class Models:
         del self._loading[key]
         if not task.cancelled():
             task.exception()  # whoever waited has been told; if nobody does any more, nobody has to be
+
+
+def _can_be_named(ref: str) -> bool:
+    """Whether this machine takes it for a path at all, there or not."""
+    try:
+        Path(ref).expanduser().exists()
+    except (OSError, RuntimeError):  # too long, or below the home of a user whom nobody knows
+        return False
+    return True
 
 
 def _nothing() -> None:
