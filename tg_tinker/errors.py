@@ -243,7 +243,7 @@ class FutureTimeoutError(TGTinkerError, TimeoutError):
 
 
 class FutureCancelledError(TGTinkerError):
-    """The operation was cancelled before it ran; it had no effect."""
+    """The operation was cancelled, before it ran or while it could still be stopped; it had no effect."""
 
     default_code = "FUTURE_CANCELLED"
     http_status = 409

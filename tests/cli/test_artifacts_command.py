@@ -11,6 +11,7 @@ import safetensors.numpy
 from fixtures.programs import BATCH
 
 from tg_tinker import TrainingClient, open_artifact
+from tg_tinker.store.keys import KeyFile
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -42,6 +43,19 @@ def test_pull_and_open_elsewhere(tg, tc: TrainingClient, saved: str, tmp_path: P
     assert json.loads((tmp_path / "inside" / "counters.json").read_text())["step"] == 1
 
 
+def test_programs_are_told_what_was_done(tg, saved: str, tmp_path: Path) -> None:
+    """With --format json each command that does something prints one JSON value, and nothing for people beside it."""
+    pulled, key, adapter = tmp_path / "state.tgart", tmp_path / "key.json", tmp_path / "adapter"
+    told = tg.json("artifacts", "pull", saved, "--output", pulled)
+    assert (told["artifact_id"], told["file"], told["size_bytes"]) == (saved, str(pulled), pulled.stat().st_size)
+    assert tg.json("artifacts", "export-key", key) == {"file": str(key), "tenant": "local"}
+    assert tg.json("artifacts", "export-peft", pulled, adapter, "--key", key) == {"folder": str(adapter), "step": 1}
+    rotated = tg.json("artifacts", "rotate-key")
+    assert rotated["key_id"] == tg.json("artifacts", "open", saved)["key_id"]
+    assert rotated["rewrapped"] >= 1
+    assert tg.json("artifacts", "rm", saved, "--yes") == [{"artifact_id": saved, "deleted": True}]
+
+
 def test_nothing_is_overwritten(tg, saved: str, tmp_path: Path) -> None:
     """Neither a pull nor an export replaces a file that is there; nothing goes into a folder that holds something."""
     there = tmp_path / "there"
@@ -57,10 +71,24 @@ def test_rotation_keeps_everything_readable(tg, tc: TrainingClient, saved: str, 
     tg("artifacts", "pull", saved, "--output", pulled)
     tg("artifacts", "export-key", key)
     before = tg.json("artifacts", "open", saved)["key_id"]
-    assert "are exported before" not in tg("artifacts", "rotate-key").stdout
+    assert "export again" in tg("artifacts", "rotate-key").stderr
     assert tg.json("artifacts", "open", saved)["key_id"] != before
     assert tc.load_state(saved).exact
     assert tg.json("artifacts", "open", pulled, "--key", key)["key_id"] == before
+
+
+def test_a_key_that_is_given_is_the_one_that_is_used(tg, saved: str, tmp_path: Path) -> None:
+    """--key counts for an artifact of the home as well, which may have lost its own; without it the home's is taken."""
+    key, stranger = tmp_path / "key.json", tmp_path / "stranger.json"
+    tg("artifacts", "export-key", key)
+    stranger.write_bytes(KeyFile(tmp_path / "elsewhere").export("local"))
+    assert tg.json("artifacts", "open", saved, "--key", key)["artifact_id"] == saved
+    assert "not among the keys given" in tg("artifacts", "open", saved, "--key", stranger, code=1).stderr
+    assert "there is no" in tg("artifacts", "open", saved, "--key", key, "--home", tmp_path / "gone", code=1).stderr
+    assert not (tmp_path / "gone").exists()
+    lacking = tg("artifacts", "rotate-key", "--home", tmp_path / "nowhere", code=1).stderr
+    assert "--home" in lacking
+    assert "--key" not in lacking  # it takes none
 
 
 def test_an_adapter_becomes_a_peft_folder(tg, saved: str, tmp_path: Path) -> None:

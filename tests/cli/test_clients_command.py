@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -125,6 +126,18 @@ def test_what_is_done_cannot_be_cancelled(tg, tc: TrainingClient) -> None:
     passed.result()
     assert "it is completed" in tg("futures", "cancel", passed.id, code=1).stdout
     assert "no such future" in tg("futures", "show", "fut-none", code=1).stderr
+
+
+def test_programs_are_told_what_was_done(tg, service: ServiceClient) -> None:
+    """Cancelling and removing print JSON where that is asked for; of several runs also those before one that fails."""
+    run = service.create_training_client(tg_config())
+    passed = run.forward_backward(BATCH)
+    passed.result()
+    told = json.loads(tg("futures", "cancel", passed.id, "--format", "json", code=1).stdout)
+    assert told == {"future_id": passed.id, "cancelled": False, "status": "completed"}
+    said = tg("clients", "rm", run.id, "tc-none", "--yes", "--format", "json", code=1)
+    assert json.loads(said.stdout) == [{"training_client_id": run.id, "deleted": True}]
+    assert "no such training client" in said.stderr
 
 
 def test_another_server_is_named_by_its_url(tg) -> None:

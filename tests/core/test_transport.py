@@ -113,7 +113,7 @@ async def test_other_refusals_fail_at_once_with_their_class(
         ({"error": {"message": "deep"}}, "deep"),
         ({"message": "flat"}, "flat"),
         (["odd"], "['odd']"),
-        ("<html>proxy</html>", "<html>proxy</html>"),
+        ("<html>no</html>", "a web page came with status 422: does the URL lead to the server? '<html>no</html>'"),
         ("", "the server answered with status 422"),
         ("x" * 400, "x" * 300 + "..."),
     ],

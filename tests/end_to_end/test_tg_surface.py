@@ -211,9 +211,10 @@ def test_an_artifact_can_be_pulled(service: ServiceClient, tc: TrainingClient, t
     assert content.startswith(b"tg-artifact/1")
     assert len(content) > saved.size_bytes
     assert (tmp_path / "state.bin").read_bytes() == content
-    with pytest.raises(InvalidRequestError) as caught:
-        service.pull_artifact(saved.artifact_id, tmp_path / "absent" / "state.bin")
-    assert caught.value.field == "destination"
+    for wrong in (tmp_path / "absent" / "state.bin", tmp_path):
+        with pytest.raises(InvalidRequestError) as caught:
+            service.pull_artifact(saved.artifact_id, wrong)
+        assert caught.value.field == "destination"
 
 
 def test_runs_are_listed_attached_and_deleted(service: ServiceClient) -> None:
@@ -240,6 +241,27 @@ def test_a_future_can_be_found_by_its_id(service: ServiceClient, tc: TrainingCli
     again = service.get_future(first.id)
     assert (again.id, again.operation) == (first.id, "forward_backward")
     assert again.result(timeout=60) == first.result(timeout=60)
+
+
+def test_a_handle_knows_how_its_operation_ended(service: ServiceClient, tc: TrainingClient) -> None:
+    """A handle made from the id of what has ended says so at once, before anybody waits for it."""
+    good, bad = tc.forward_backward(BATCH), tc.forward_backward({"input_ids": [[10**6, 1]]})
+    assert good.wait(60)
+    assert bad.wait(60)
+    done, failed = service.get_future(good.id), service.get_future(bad.id)
+    assert (done.status, done.is_done(), done.is_success()) == ("completed", True, True)
+    assert (failed.status, failed.is_failed()) == ("failed", True)
+    assert isinstance(failed.get_error(), InvalidRequestError)
+    assert bad.is_failed()  # looked at
+
+
+@pytest.mark.parametrize("kind", [ServiceClient, TrainingClient])
+def test_every_method_has_its_twin(kind: type) -> None:
+    """Whatever talks to the server can be awaited under the same name with ``_async``, closing included."""
+    local = {"aclose", "eval", "local", "train"}
+    names = {name for name in dir(kind) if callable(getattr(kind, name)) and not name.startswith("_")} - local
+    assert {name for name in names if f"{name.removesuffix('_async')}_async" not in names} == set()
+    assert "close_async" in names or kind is TrainingClient
 
 
 def test_the_tokenizer_is_the_servers(tc: TrainingClient) -> None:

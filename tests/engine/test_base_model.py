@@ -159,6 +159,11 @@ def test_the_digest_tells_models_apart(folder: Path, saved: Path) -> None:
     assert load(saved).digest == load(saved).digest != load(folder).digest
 
 
+def test_the_digest_is_the_same_in_bfloat16(saved: Path) -> None:
+    """A model is the same one in either precision, so that what was trained on a CPU goes on on a GPU."""
+    assert load(saved).digest == load(saved, dtype="bf16").digest
+
+
 def test_smollm2_that_was_not_fetched_says_how_to_fetch_it(tmp_path: Path) -> None:
     """The error of the model that needs a download names the command."""
     with pytest.raises(ResourceNotFoundError, match="tg-tinker models fetch smollm2-135m") as caught:

@@ -102,6 +102,18 @@ async def test_the_budget_is_checked_before_anything_changes(real):
     assert (await real.run(f"{run}/forward_backward", {**batch(30), "mode": "eval"}))["status"] == "completed"
 
 
+async def test_a_step_behind_a_refused_pass_says_that_the_budget_is_spent(real):
+    """Submitted together, pass and step both fail by the budget: who waits for the step alone is told why, too."""
+    run = await make(real, dp_config={"target_epsilon": 6.0})
+    await real.run(f"{run}/forward_backward", batch(10))
+    spent = (await real.run(f"{run}/optim_step"))["result"]["dp_metrics"]["total_epsilon"]
+    futures = [await real.submit(f"{run}/forward_backward", batch(20)), await real.submit(f"{run}/optim_step", {})]
+    for future in reversed(futures):
+        error = (await real.result(future))["error"]
+        assert (error["code"], error["details"]["current_epsilon"]) == ("DP_BUDGET_EXCEEDED", spent)
+    assert (await real.get(f"{run}/privacy")).json["total_epsilon"] == spent
+
+
 async def test_the_ledger_is_never_rolled_back(real):
     """Loading an older state, and starting a new client from it, keep every release that was made."""
     run = await make(real)

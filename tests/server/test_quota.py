@@ -54,7 +54,7 @@ async def test_what_is_kept_aside_gives_way(serve, tmp_path):
     trainer, _ = await client.trainer(MODEL)
     await client.operate(trainer, "save_weights_for_sampler", {"name": "x"})
     size = stored(tmp_path)
-    client = await serve(quota_bytes=4 * size - 1)
+    client = await serve(quota_bytes=4 * size - size // 2)
     trainer, sampler = await client.trainer(MODEL)
     for _ in range(8):
         done = await client.operate(trainer, "save_weights_for_sampler", {"name": "y"})

@@ -70,6 +70,20 @@ async def test_training_resumes_bit_for_bit(real):
     assert [await step(real, fresh) for _ in range(3)] == first
 
 
+async def test_a_state_goes_on_in_another_precision(real):
+    """Saved in fp32 and loaded in bf16, a state trains on; it is no exact resumption, and the reason is told."""
+    quick = {"learning_rate": 0.01}
+    run = await make(real, optimizer=quick)
+    before, _, _ = await step(real, run)
+    saved = (await real.post(f"{run}/save_state")).json
+    wanted, _, _ = await step(real, run)
+    other = await make(real, mixed_precision="bf16", optimizer=quick)
+    loaded = (await real.post(f"{other}/load_state", {"artifact_id": saved["artifact_id"]})).json
+    assert (loaded["step"], loaded["exact"], loaded["reasons"]) == (1, False, ["dtype: float32 then, bfloat16 now"])
+    loss, _, _ = await step(real, other)
+    assert abs(loss - wanted) < abs(loss - before)
+
+
 async def test_without_the_optimizer_it_says_that_it_is_not_exact(real):
     """A state saved without moments restores the weights, and says why resuming is not exact."""
     run = await make(real)

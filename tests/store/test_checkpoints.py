@@ -250,6 +250,29 @@ def test_concurrent_saves_do_not_disturb_each_other(vault) -> None:
     assert sorted(vault.store.load("acme", artifact_id).record.step for artifact_id in ids) == list(range(20))
 
 
+def test_what_does_not_open_is_in_nobodys_way(vault, caplog: pytest.LogCaptureFixture) -> None:
+    """Rotation passes over an artifact whose key is gone, and says so; the others come under the new key."""
+    lost = vault.save()
+    vault.keys.erase("acme")
+    kept = [vault.save(), vault.save()]
+    vault.keys.rotate("acme")
+    assert vault.store.rewrap("acme") == 2
+    assert lost.artifact_id in caplog.text
+    assert {vault.store.get("acme", one.artifact_id).encryption.key_id for one in kept} == {vault.keys.current("acme")}
+
+
+def test_a_damaged_artifact_can_be_deleted(vault) -> None:
+    """What no longer reads can be removed like any other artifact, and only by its owner."""
+    record = vault.save()
+    vault.files(record)[0].write_bytes(b"{}")
+    with pytest.raises(ResourceNotFoundError):
+        vault.store.delete("other", record.artifact_id)
+    vault.store.delete("acme", record.artifact_id)
+    assert not list((vault.folder / "artifacts").rglob("art-*"))
+    with pytest.raises(ResourceNotFoundError):
+        vault.store.delete("acme", record.artifact_id)
+
+
 def test_a_missing_content_is_damage(vault) -> None:
     """An artifact whose ciphertext file is gone is damaged, for loading and for pulling alike."""
     record = vault.save()

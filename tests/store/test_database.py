@@ -271,6 +271,19 @@ async def test_times_are_utc(database: Database) -> None:
     assert found.created_at.tzinfo is UTC
 
 
+def open_to_others(folder: Path) -> list[str]:
+    """Name the files that other users may read or write."""
+    return [path.name for path in folder.iterdir() if path.stat().st_mode & 0o077]
+
+
+async def test_its_file_is_private(tmp_path: Path) -> None:
+    """Other users of the machine can read neither the database nor what it writes beside it."""
+    database = await Database.open(sqlite_url(tmp_path / "test.db"))
+    await database.add_tenant("acme", NOW)
+    assert open_to_others(tmp_path) == []
+    await database.close()
+
+
 async def test_rows_survive_reopening(tmp_path: Path) -> None:
     """A database opened again holds what was stored, in WAL mode."""
     url = sqlite_url(tmp_path / "test.db")

@@ -34,6 +34,15 @@ def test_only_one_creator_wins(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_folder_is_private_with_the_parents_it_needs(tmp_path: Path) -> None:
+    """Nobody else may look into a folder that is made, nor into those made above it; what was there stays as it is."""
+    tmp_path.chmod(0o755)
+    files.make_folder(tmp_path / "home" / "keys")
+    files.make_folder(tmp_path / "home" / "keys")
+    made = (tmp_path, tmp_path / "home", tmp_path / "home" / "keys")
+    assert [folder.stat().st_mode & 0o777 for folder in made] == [0o755, 0o700, 0o700]
+
+
 def test_a_secret_is_made_once_and_private(tmp_path: Path) -> None:
     """A secret file is drawn at first use, read afterwards, and refused when others may read it or it is cut."""
     path = tmp_path / "deep" / "secret"

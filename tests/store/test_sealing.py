@@ -180,6 +180,14 @@ def test_a_lying_length_is_damage(vault, length: int) -> None:
     assert code_of(lambda: open_artifact(data, vault.keys.export("acme"))) == DAMAGED
 
 
+@pytest.mark.parametrize("key_id", [None, 7, ["kek-1"], {"id": "kek-1"}])
+def test_a_key_id_that_is_no_text_is_damage(vault, key_id: object) -> None:
+    """Whatever somebody without the key writes in place of the key's id, it is damage, not a traceback."""
+    record = vault.save()
+    forged(vault.files(record)[0], encryption={"key_id": key_id})
+    assert code_of(lambda: vault.store.load("acme", record.artifact_id)) == DAMAGED
+
+
 def test_a_manifest_without_its_fields_is_damage(vault) -> None:
     """A forged manifest that lacks what a listing shows is refused, and left out of listings."""
     record = vault.save()

@@ -58,8 +58,9 @@ def list_artifacts(run: str | None, limit: int, base_url: str | None, api_key: s
 @click.argument("artifact")
 @click.option("--output", "target", type=click.Path(path_type=Path), help="The file to write; else ARTIFACT.tgart.")
 @server_options
+@out.format_option
 @out.advice_for_people
-def pull_artifact(artifact: str, target: Path | None, base_url: str | None, api_key: str | None) -> None:
+def pull_artifact(artifact: str, target: Path | None, base_url: str | None, api_key: str | None, output: str) -> None:
     """Fetch ARTIFACT as it lies at the server, sealed; `tg-tinker artifacts open` opens it with the key."""
     target = target or Path(f"{Path(artifact).name}.tgart")
     local_files.refuse_existing(target)
@@ -73,22 +74,30 @@ def pull_artifact(artifact: str, target: Path | None, base_url: str | None, api_
                 artifact, progress=lambda done: display.update(task, description=artifact, completed=done)
             )
     local_files.write(target, content)
-    click.echo(f"{target}: {_megabytes(len(content))}, sealed")
+    done = {"artifact_id": artifact, "file": str(target), "size_bytes": len(content), "size": _megabytes(len(content))}
+    out.say("{file}: {size}, sealed", done, output)
 
 
 @command.command("rm")
 @click.argument("artifacts", nargs=-1, required=True, metavar="ARTIFACT...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @server_options
+@out.format_option
 @out.advice_for_people
-def remove_artifacts(artifacts: tuple[str, ...], base_url: str | None, api_key: str | None, *, yes: bool) -> None:
+def remove_artifacts(
+    artifacts: tuple[str, ...], base_url: str | None, api_key: str | None, output: str, *, yes: bool
+) -> None:
     """Delete each ARTIFACT for good."""
     if not yes:
         click.confirm(f"Delete {', '.join(artifacts)} for good?", abort=True, err=True)
+    gone: list[dict[str, Any]] = []
     with connected(base_url, api_key) as service:
-        for artifact in artifacts:
-            service.delete_artifact(artifact)
-            click.echo(f"{artifact} is deleted")
+        try:
+            for artifact in artifacts:
+                service.delete_artifact(artifact)
+                gone.append({"artifact_id": artifact, "deleted": True})
+        finally:
+            out.say("{artifact_id} is deleted", gone, output)
 
 
 def _size(service: ServiceClient, artifact: str) -> int | None:

@@ -9,7 +9,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final, Literal
 
 import attrs
@@ -92,20 +91,19 @@ def _device() -> Finding:
 def _home() -> Finding:
     folder = home.folder()
     standing = next(path for path in (folder, *folder.parents) if path.exists())
-    if not os.access(standing, os.W_OK):
+    if not standing.is_dir() or not os.access(standing, os.W_OK):
         advice = f"set {home.VARIABLE} to a folder that you may write to"
         return Finding("home", "missing", f"{standing} cannot be written to", advice)
     free = shutil.disk_usage(standing).free
     if free < _LITTLE:
         advice = f"free some, or set {home.VARIABLE} to another disk"
         return Finding("home", "note", f"{folder}: only {free / 1e9:.1f} GB free", advice)
-    return Finding("home", "ok", f"{folder}: {free / 1e9:.0f} GB free{_private(folder)}")
-
-
-def _private(folder: Path) -> str:
+    detail = f"{folder}: {free / 1e9:.0f} GB free"
     if not folder.exists():
-        return ", made on first use"
-    return "" if os.name != "posix" or folder.stat().st_mode & 0o077 == 0 else ", readable by others"
+        return Finding("home", "ok", f"{detail}, made on first use")
+    if os.name == "posix" and folder.stat().st_mode & 0o077:
+        return Finding("home", "note", f"{detail}; other users of this machine can look into it", f"chmod 700 {folder}")
+    return Finding("home", "ok", detail)
 
 
 def _model() -> Finding:

@@ -80,15 +80,20 @@ def show_client(run: str, base_url: str | None, api_key: str | None, output: str
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @server_options
+@out.format_option
 @out.advice_for_people
-def remove_clients(runs: tuple[str, ...], base_url: str | None, api_key: str | None, *, yes: bool) -> None:
+def remove_clients(runs: tuple[str, ...], base_url: str | None, api_key: str | None, output: str, *, yes: bool) -> None:
     """Delete each RUN with all that was not saved; its artifacts stay."""
     if not yes:
         click.confirm(f"Delete {', '.join(runs)}? What was not saved is lost", abort=True, err=True)
+    gone: list[dict[str, Any]] = []
     with connected(base_url, api_key) as service:
-        for run in runs:
-            service.delete_training_client(run)
-            click.echo(f"{run} is deleted")
+        try:
+            for run in runs:
+                service.delete_training_client(run)
+                gone.append({"training_client_id": run, "deleted": True})
+        finally:
+            out.say("{training_client_id} is deleted", gone, output)
 
 
 def _fields(run: TrainingClientInfo) -> dict[str, Any]:

@@ -64,13 +64,15 @@ def show_future(future: str, base_url: str | None, api_key: str | None, output: 
 @command.command("cancel")
 @click.argument("future")
 @server_options
+@out.format_option
 @out.advice_for_people
-def cancel_future(future: str, base_url: str | None, api_key: str | None) -> None:
+def cancel_future(future: str, base_url: str | None, api_key: str | None, output: str) -> None:
     """Keep FUTURE from taking effect; exits with 1 where it is too late for that."""
     with connected(base_url, api_key) as service:
         cancelled = service.get_future(future).cancel()
         status = "cancelled" if cancelled else service.get_future_info(future).status
-    click.echo(f"{future} is cancelled" if cancelled else f"{future} cannot be cancelled any more: it is {status}")
+    line = "{future_id} is cancelled" if cancelled else "{future_id} cannot be cancelled any more: it is {status}"
+    out.say(line, {"future_id": future, "cancelled": cancelled, "status": status}, output)
     sys.exit(0 if cancelled else 1)
 
 

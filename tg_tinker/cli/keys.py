@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tg_tinker import home
+from tg_tinker.cli import local_files
 from tg_tinker.cli import output as out
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 
@@ -55,12 +56,10 @@ def create_key(tenant: str, name: str | None, days: int | None, folder: Path | N
     """Make an API key for TENANT, who is made known by it. It is shown now and never again."""
     _require_database()
     from tg_tinker.server.auth import new_key
-    from tg_tinker.store import files
     from tg_tinker.store.names import check_label
 
     check_label(tenant, "tenant")
-    place = home.folder(folder)
-    files.make_folder(place)
+    place = local_files.make_home(folder)
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
     key, row = new_key(tenant, name=name, expires_at=expires)
 
@@ -89,15 +88,16 @@ def list_keys(tenant: str | None, folder: Path | None, output: str) -> None:
 @command.command("revoke")
 @click.argument("key_id", metavar="KEY")
 @_home
+@out.format_option
 @out.advice_for_people
-def revoke_key(key_id: str, folder: Path | None) -> None:
+def revoke_key(key_id: str, folder: Path | None, output: str) -> None:
     """Make the key with the id KEY useless, for good; a running server knows within five seconds."""
     _require_database()
     place, now = home.folder(folder), datetime.now(UTC)
     if not _in_database(place, lambda found: found.revoke_api_key(key_id, now), default=False):
         message = f"there is no key {key_id} to revoke; `tg-tinker keys ls` lists the ids"
         raise ResourceNotFoundError(message, resource_type="api_key", resource_id=key_id)
-    click.echo(f"{key_id} is revoked")
+    out.say("{key_id} is revoked", {"key_id": key_id, "state": "revoked"}, output)
     if not any(row.usable(now) for row in _in_database(place, lambda found: found.list_api_keys())):
         out.talk().print("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
 

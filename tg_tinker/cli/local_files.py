@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tg_tinker import home
 from tg_tinker.errors import InvalidRequestError
 
-__all__ = ["make_empty_folder", "read", "refuse_existing", "write"]
+__all__ = ["make_empty_folder", "make_home", "read", "refuse_existing", "write"]
 
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
@@ -55,6 +56,23 @@ def make_empty_folder(path: Path) -> None:
         raise _refused(path, "used as a folder", error) from error
     if held:
         raise InvalidRequestError(f"{path} is not empty; name another folder", field="output")
+
+
+def make_home(given: Path | None) -> Path:
+    """Give the home folder, made private where it was missing.
+
+    Raises ``InvalidRequestError``.
+    """
+    from tg_tinker.store import files
+
+    place = home.folder(given)
+    try:
+        files.make_folder(place)
+    except OSError as error:
+        reason = "it is no folder" if place.exists() else error.strerror
+        message = f"home: nothing can be kept in {place}: {reason}; name another by --home or {home.VARIABLE}"
+        raise InvalidRequestError(message, field="home", constraint="a folder that can be written to") from error
+    return place
 
 
 def _refused(path: Path, doing: str, error: OSError) -> InvalidRequestError:

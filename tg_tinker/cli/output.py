@@ -16,7 +16,7 @@ from rich.text import Text
 
 from tg_tinker.errors import TGTinkerError
 
-__all__ = ["JSON", "advice_for_people", "format_option", "human", "show_one", "show_rows", "talk", "when"]
+__all__ = ["JSON", "advice_for_people", "format_option", "human", "say", "show_one", "show_rows", "talk", "when"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,6 +78,15 @@ def show_one(fields: Mapping[str, Any], output: str) -> None:
     human().print(table)
 
 
+def say(line: str, done: Mapping[str, Any] | Sequence[Mapping[str, Any]], output: str) -> None:
+    """Say what was done: as JSON, or as a line with the fields put in, for each of several things one."""
+    if output == JSON:
+        click.echo(json.dumps(done, indent=2, default=str))
+        return
+    for fields in [done] if isinstance(done, Mapping) else done:
+        click.echo(line.format(**fields))
+
+
 def when(time: datetime | None) -> str | None:
     """Write a time for people: local, to the second."""
     return None if time is None else time.astimezone().strftime("%Y-%m-%d %H:%M:%S")
@@ -91,8 +100,11 @@ def advice_for_people(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except TGTinkerError as error:
-            talk().print(Text.assemble(("Error: ", "bold red"), str(error)), soft_wrap=True)
-            sys.exit(1)
+            message = str(error)
+        except OSError as error:  # a disk, a folder, a permission: nothing that a traceback would explain
+            message = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
+        talk().print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
+        sys.exit(1)
 
     return guarded
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from tg_tinker.cli import local_files
 from tg_tinker.cli import output as out
 from tg_tinker.errors import OperationFailedError
 
@@ -61,7 +62,6 @@ def command(
     an API key first: `tg-tinker keys create TENANT`.
     """
     from tg_tinker.embedded.process import require_server_extra
-    from tg_tinker.home import folder
 
     require_server_extra()
     from tg_tinker.server import process
@@ -75,11 +75,18 @@ def command(
     quota_bytes = None if quota_gb is None else int(quota_gb * _GB)
     aside_bytes = int(aside_gb * _GB)
     settings = Settings(
-        home=folder(home), host=host, port=port, quota_bytes=quota_bytes, aside_bytes=aside_bytes, **chosen
+        home=local_files.make_home(home),
+        host=host,
+        port=port,
+        quota_bytes=quota_bytes,
+        aside_bytes=aside_bytes,
+        **chosen,
     )
     try:
         process.run(settings, on_ready=_announce)
     except OSError as error:
+        if error.filename is not None:
+            raise  # a file's, not the address's
         message = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port, or 0 for any"
         raise OperationFailedError(message, operation="serve") from error
 

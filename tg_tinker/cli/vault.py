@@ -67,8 +67,9 @@ def open_artifact(
 @_key
 @_home
 @_tenant
+@out.format_option
 @out.advice_for_people
-def export_peft(source: str, target: Path, key: Path | None, folder: Path | None, tenant: str) -> None:
+def export_peft(source: str, target: Path, key: Path | None, folder: Path | None, tenant: str, output: str) -> None:
     """Write the adapter in SOURCE as a plain peft FOLDER, which PeftModel.from_pretrained loads. It is not sealed."""
     from tg_tinker.store import peft_export
 
@@ -86,30 +87,34 @@ def export_peft(source: str, target: Path, key: Path | None, folder: Path | None
         dropout=spec["dropout"],
         target_modules=spec["target_modules"],
     )
-    click.echo(f"{target} holds the adapter of step {opened.manifest['header']['step']}")
+    done = {"folder": str(target), "step": opened.manifest["header"]["step"]}
+    out.say("{folder} holds the adapter of step {step}", done, output)
 
 
 @click.command("export-key")
 @click.argument("target", metavar="FILE", type=click.Path(path_type=Path))
 @_home
 @_tenant
+@out.format_option
 @out.advice_for_people
-def export_key(target: Path, folder: Path | None, tenant: str) -> None:
+def export_key(target: Path, folder: Path | None, tenant: str, output: str) -> None:
     """Write a tenant's keys to FILE, which opens every artifact of that tenant, anywhere.
 
     Nothing is shown. The file is readable by you alone, and must not be there yet.
     """
     keys = _keys(home.folder(folder), tenant)
     local_files.write(target, keys.export(tenant), private=True)
-    click.echo(f"{target} opens every artifact of tenant {tenant} that was sealed so far: keep it like the data")
+    line = "{file} opens every artifact of tenant {tenant} that was sealed so far: keep it like the data"
+    out.say(line, {"file": str(target), "tenant": tenant}, output)
 
 
 @click.command("rotate-key")
 @click.option("--rewrap-only", is_flag=True, help="Make no new key; after new TG_TINKER_MASTER_KEYS, for instance.")
 @_home
 @_tenant
+@out.format_option
 @out.advice_for_people
-def rotate_key(folder: Path | None, tenant: str, *, rewrap_only: bool) -> None:
+def rotate_key(folder: Path | None, tenant: str, output: str, *, rewrap_only: bool) -> None:
     """Seal with a new key from now on, and put every artifact there is under it; older pulled files open as before.
 
     A server over the same home goes on undisturbed.
@@ -120,29 +125,37 @@ def rotate_key(folder: Path | None, tenant: str, *, rewrap_only: bool) -> None:
     keys = _keys(place, tenant)
     key_id = keys.current(tenant) if rewrap_only else keys.rotate(tenant)
     count = CheckpointStore(place / "artifacts", keys).rewrap(tenant)
-    click.echo(f"{key_id} is the key of tenant {tenant}; {count} artifacts were put under it")
+    line = "{key_id} is the key of tenant {tenant}; {rewrapped} artifacts were put under it"
+    out.say(line, {"key_id": key_id, "tenant": tenant, "rewrapped": count}, output)
     if not rewrap_only:
         out.talk().print("key files exported before do not hold it: export again with `tg-tinker artifacts export-key`")
 
 
 def _opened(source: str, key: Path | None, folder: Path | None, tenant: str) -> Opened:
     from tg_tinker.store import offline, sealing
-    from tg_tinker.store.checkpoints import CheckpointStore
     from tg_tinker.store.names import is_artifact_id
 
     place = home.folder(folder)
-    if is_artifact_id(source) and not Path(source).exists():
-        keys = _keys(place, tenant)
-        data = CheckpointStore(place / "artifacts", keys).pull(tenant, source)
-        return offline.open_artifact(data, keys.export(tenant))
-    data = local_files.read(Path(source))
-    if key is not None:
-        return offline.open_artifact(data, local_files.read(key))
-    owner = sealing.unbundle(data)[0].identity.tenant
-    return offline.open_artifact(data, _keys(place, owner).export(owner))
+    at_home = is_artifact_id(source) and not Path(source).exists()
+    data = b"" if at_home else local_files.read(Path(source))
+    owner = tenant if at_home else sealing.unbundle(data)[0].identity.tenant
+    instead = ", or give --key a file that `tg-tinker artifacts export-key` wrote there"
+    opening = _keys(place, owner, instead).export(owner) if key is None else local_files.read(key)
+    return offline.open_artifact(_stored(place, tenant, source) if at_home else data, opening)
 
 
-def _keys(place: Path, tenant: str) -> KeyProvider:
+def _stored(place: Path, tenant: str, artifact_id: str) -> bytes:
+    """An artifact of the home, sealed; a home that is not there is not made by being asked."""
+    from tg_tinker.store.checkpoints import CheckpointStore
+    from tg_tinker.store.keys import provider_of
+
+    if not place.is_dir():
+        message = f"there is no {place}: name the --home whose server sealed {artifact_id}"
+        raise ResourceNotFoundError(message, resource_type="home", resource_id=str(place))
+    return CheckpointStore(place / "artifacts", provider_of(place)).pull(tenant, artifact_id)
+
+
+def _keys(place: Path, tenant: str, instead: str = "") -> KeyProvider:
     """Where the home's keys come from; one that has none of the tenant's is not given any by being asked."""
     from tg_tinker.store.keys import provider_of
 
@@ -151,8 +164,7 @@ def _keys(place: Path, tenant: str) -> KeyProvider:
         if keys.holds(tenant):
             return keys
     message = (
-        f"{place} holds no key of tenant {tenant}: name the --tenant, or the --home whose server sealed it, "
-        "or give --key a file that `tg-tinker artifacts export-key` wrote there"
+        f"{place} holds no key of tenant {tenant}: name the --tenant, or the --home whose server sealed it{instead}"
     )
     raise ResourceNotFoundError(message, resource_type="key", resource_id=tenant)
 

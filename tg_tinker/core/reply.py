@@ -58,7 +58,10 @@ class Reply:
         try:
             data = codec.loads(self.body)
         except InvalidRequestError:
-            return {"message": self._text() or None}
+            text = self._text()
+            if text.startswith("<"):
+                text = f"a web page came with status {self.status}: does the URL lead to the server? {text!r}"
+            return {"message": text or None}
         error = data.get("error", data) if isinstance(data, dict) else data
         if not isinstance(error, dict):
             return {"message": str(error)}

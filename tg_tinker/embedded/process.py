@@ -170,7 +170,9 @@ def _new_log(folder: Path) -> Path:
     Raises ``InvalidRequestError`` where the home is no folder that could be written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder.parent, folder):  # one by one: ``parents=True`` would leave the home open to others
+            if not place.exists():
+                place.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         message = f"home: nothing can be kept in {folder.parent}: {error.strerror}"
         raise InvalidRequestError(message, field="home", constraint="a folder that can be written to") from error

@@ -259,7 +259,7 @@ class OperationFuture(Generic[R]):
         self._check_process()
         backer = self._backer
         if backer is not None and await backer.cancel(self):
-            message = "the operation was cancelled before it ran"
+            message = "the operation was cancelled; it had no effect"
             self.fail(Failure.of(FutureCancelledError(message, future_id=self._id or None)))
         return self._outcome.status == "cancelled"
 

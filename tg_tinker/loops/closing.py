@@ -30,6 +30,8 @@ class Closing:
         """Close, from a coroutine."""
         await self._core.home.hop(self._core.aclose())
 
+    close_async = aclose
+
     def __enter__(self) -> Self:
         """Itself; it is closed at the end of the block."""
         return self

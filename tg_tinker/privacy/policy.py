@@ -105,14 +105,18 @@ class RunPrivacy:
         if projected > target * _SLACK:
             raise _exceeded(self.spent().epsilon, projected, target, self.settings.delta)
 
+    def check_step(self, step: int) -> None:
+        """The same for the step of this number: a replay was paid for; whether it is one, the release will see."""
+        if not self.ledger.has_step(step):
+            self.check_budget()
+
     def admit(self, examples: Iterable[Mapping[str, NDArray[Any]]], *, step: int) -> None:
         """Let a batch into step ``step``: one mapping of named arrays per example. All of them enter, or none.
 
         Raises ``DPBudgetExceededError``, or ``InvalidRequestError`` where an example is in this step already: twice the
         same example is twice the sensitivity.
         """
-        if not self.ledger.has_step(step):  # a replayed step was paid for; whether it is one, the release will see
-            self.check_budget()
+        self.check_step(step)
         seen, key = set(self._digests), self._subkey("example digests")
         for row, example in enumerate(examples):
             digest = tensor_digest(example, key)

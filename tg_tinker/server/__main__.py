@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tg_tinker import home
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server import process
 from tg_tinker.server.settings import LOCAL_TENANT, Settings
 
@@ -34,7 +35,10 @@ def main() -> None:
         require_key=True,
         parent=arguments.parent,
     )
-    process.run(settings)
+    try:
+        process.run(settings)
+    except InvalidRequestError as error:
+        sys.exit(f"the server cannot run: {error}")  # the log's end is what the program shows
     gc.freeze()  # or the interpreter, at its end, would go through torch's million objects for seconds
 
 

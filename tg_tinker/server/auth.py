@@ -119,4 +119,4 @@ def _key_of(authorization: str | None) -> str | None:
 
 
 def _hash(secret: str) -> str:
-    return hashlib.sha256(secret.encode()).hexdigest()
+    return hashlib.sha256(secret.encode(errors="surrogateescape")).hexdigest()  # a header may hold any bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable
@@ -54,10 +55,10 @@ async def check_host(request: web.Request, handler: Handler) -> web.StreamRespon
     """Keep web pages out: they cannot rebind their own name to us, nor post to us from elsewhere."""
     settings = request.app[ROOMS].settings
     names = _LOCAL_NAMES | set(settings.allowed_hosts)
-    if settings.loopback and _hostname(request.host) not in names:
+    if settings.loopback and _hostname(f"//{request.host}") not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
     origin = request.headers.get("Origin")
-    if origin is not None and _hostname(urlsplit(origin).netloc) not in names:
+    if origin is not None and _hostname(origin) not in names:
         raise AuthorizationError("the Origin header names another site; web pages elsewhere may not use this server")
     return await handler(request)
 
@@ -70,6 +71,7 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
         rooms = request.app[ROOMS]
         request[TENANT] = await whole(rooms.keys.tenant_of(request.headers.get("Authorization")))
         rooms.rate_limit.take(request[TENANT])
+        await whole(rooms.auditing.find_head(request[TENANT]))
     return await handler(request)
 
 
@@ -114,7 +116,7 @@ def error_response(
         status = 429 if error.details.get("retry_after") else 422
     response = web.Response(status=status, body=codec.dumps(error.to_wire()), content_type="application/json")
     if error.details.get("retry_after"):
-        response.headers[headers.RETRY_AFTER] = str(max(1, round(error.details["retry_after"])))
+        response.headers[headers.RETRY_AFTER] = str(math.ceil(error.details["retry_after"]))
     return response
 
 
@@ -146,8 +148,8 @@ def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
     return InvalidRequestError(error.reason or "the request cannot be served", code=f"HTTP_{error.status}")
 
 
-def _hostname(host: str) -> str:
+def _hostname(url: str) -> str:
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(url).hostname or ""
     except ValueError:
         return ""

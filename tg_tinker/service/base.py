@@ -160,6 +160,8 @@ class ServiceBase:
             await core.home.hop(self._end(core))
         self._closed = True
 
+    close_async = aclose
+
     async def _end(self, core: RunCore) -> None:
         await core.service.aclose()
         if isinstance(self._endpoint, EmbeddedEndpoint):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from tg_tinker.core.call import Call, Flow, call
 from tg_tinker.core.reply import Reply
 from tg_tinker.core.retrieval import TGRetrieval
 from tg_tinker.core.run import RunCore
-from tg_tinker.errors import ResourceNotFoundError
+from tg_tinker.errors import ResourceNotFoundError, TGTinkerError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.futures import OperationFuture
 from tg_tinker.service.base import ServiceBase
@@ -157,7 +157,11 @@ class TGService(ServiceBase):
         if route is None:
             message = f"future {future_id} is a {info.operation}, which this client does not know how to read"
             raise ResourceNotFoundError(message, resource_type="future", resource_id=future_id)
-        return self.core.attach(future_id, call(route, parts={"id": client}))
+        future: OperationFuture[Any] = self.core.attach(future_id, call(route, parts={"id": client}))
+        if info.status in tg.ENDED:  # then what the handle says of itself is to be true from the start
+            with suppress(TGTinkerError):
+                await future.result_async()
+        return future
 
     # ------------------------------------------------------------------------------------------- artifacts
 
@@ -202,10 +206,8 @@ class TGService(ServiceBase):
             whole_reply=True,
             timeout=self.config.timeout,
         )
-        if destination is not None and not isinstance(destination, str | os.PathLike):
-            raise checks.refuse("destination", "a file to write, or None", destination)
-        if destination is not None and not Path(destination).expanduser().absolute().parent.is_dir():
-            raise checks.refuse("destination", "a file in a folder that is there", destination)
+        if destination is not None:
+            _check_destination(destination)
         return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination, progress))
 
     pull_artifact_async = twin(pull_artifact)
@@ -314,6 +316,14 @@ def _time(field: str, value: object) -> str | None:
     if not isinstance(value, datetime):
         raise checks.refuse(field, "a datetime, or None", value)
     return value.astimezone().isoformat()
+
+
+def _check_destination(destination: object) -> None:
+    if not isinstance(destination, str | os.PathLike):
+        raise checks.refuse("destination", "a file to write, or None", destination)
+    place = Path(destination).expanduser().absolute()
+    if place.is_dir() or not place.parent.is_dir():
+        raise checks.refuse("destination", "a file, in a folder that is there", destination)
 
 
 def _write(destination: str | Path, content: bytes) -> None:

@@ -5,6 +5,8 @@ Synchronous, and safe from several threads and processes.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import secrets
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from tg_tinker.store.sealing import Manifest
 
 __all__ = ["KINDS", "MAX_METADATA_BYTES", "ArtifactRecord", "CheckpointStore", "Loaded"]
+
+_log = logging.getLogger("tg_tinker.store")
 
 KINDS = ("tg_state", "weights", "sampler_weights")
 MAX_METADATA_BYTES = 1 << 20
@@ -142,11 +146,12 @@ class CheckpointStore:
             raise sealing.damaged("its content is gone") from error
 
     def delete(self, tenant: str, artifact_id: str) -> None:
-        """Remove an artifact for good.
+        """Remove an artifact for good, also one that is damaged.
 
         Raises ``ResourceNotFoundError``.
         """
-        self._index.get(tenant, artifact_id)
+        with contextlib.suppress(InvalidRequestError):
+            self._index.get(tenant, artifact_id)
         with self._index.locked(tenant):
             self._index.remove(tenant, artifact_id)
 
@@ -168,14 +173,25 @@ class CheckpointStore:
         return len(gone)
 
     def rewrap(self, tenant: str) -> int:
-        """Wrap every artifact's key under the tenant's current key and count those that needed it."""
+        """Wrap every artifact's key under the tenant's current key and count those that needed it.
+
+        What does not open stays as it is, and is logged: it must not keep the others under an old key.
+        """
         current, count = self._keys.current(tenant), 0
         with self._index.locked(tenant):
             for manifest in (m for suffix in (LISTED, ASIDE) for m in self._index.manifests(tenant, suffix)):
                 if manifest.wrapped.key_id != current:
-                    self._index.replace(sealing.rewrap(manifest, self._wrap(tenant), self._unwrap(tenant)))
-                    count += 1
+                    count += self._rewrapped(tenant, manifest)
         return count
+
+    def _rewrapped(self, tenant: str, manifest: Manifest) -> bool:
+        try:
+            renewed = sealing.rewrap(manifest, self._wrap(tenant), self._unwrap(tenant))
+        except (InvalidRequestError, ResourceNotFoundError) as error:
+            _log.warning("artifact %s does not open, and stays as it is: %s", manifest.identity.artifact_id, error)
+            return False
+        self._index.replace(renewed)
+        return True
 
     def sweep(self, now: datetime) -> int:
         """Remove artifacts whose time to live has run out, whoever's they are, and count them."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from sqlalchemy import ColumnElement, Table, bindparam, delete, event, exc, insert, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, delete, event, exc, insert, make_url, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store import tables
 from tg_tinker.store.names import check_label
 from tg_tinker.store.rows import FINISHED, ApiKeyRow, FutureRow, RunRow
@@ -57,14 +59,24 @@ class Database:
 
     @classmethod
     async def open(cls, url: str) -> Database:
-        """Connect, and make the tables that are not there yet."""
+        """Connect, and make the tables that are not there yet.
+
+        Raises ``InvalidRequestError`` where that fails: it is no database of ours, or cannot be written to.
+        """
         waiting = {"timeout": BUSY_TIMEOUT} if _is_sqlite(url) else {}
+        if _is_sqlite(url):
+            _make_private(url)
         engine = create_async_engine(url, connect_args=waiting, hide_parameters=True)  # no results in error messages
         if _is_sqlite(url):
             _tune_sqlite(engine)
         database = cls(engine)
-        async with database.writing() as connection:
-            await connection.run_sync(tables.metadata.create_all)
+        try:
+            async with database.writing() as connection:
+                await connection.run_sync(tables.metadata.create_all)
+        except exc.DatabaseError as error:
+            await database.close()
+            message = f"the database {engine.url.database} cannot be used: {error.orig}"
+            raise InvalidRequestError(message, field="database", constraint="a database to write to") from error
         return database
 
     async def close(self) -> None:
@@ -277,6 +289,13 @@ def _own(table: Table, tenant_id: str, **keys: str) -> ColumnElement[bool]:
 
 def _is_sqlite(url: str) -> bool:
     return url.startswith("sqlite")
+
+
+def _make_private(url: str) -> None:
+    """Make the file before SQLite would: what that makes, and puts beside it, is as open as this."""
+    file = make_url(url).database
+    if file is not None and file not in {"", ":memory:"}:
+        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
 
 
 def _tune_sqlite(engine: AsyncEngine) -> None:

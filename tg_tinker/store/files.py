@@ -19,9 +19,10 @@ TEMPORARY_SUFFIX = ".tmp"
 
 
 def make_folder(path: Path) -> None:
-    """Make a private folder (0700) and its parents, durably."""
+    """Make a private folder (0700), and private parents where there are none, durably."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in reversed(missing or [path]):  # one by one: ``parents=True`` would leave the parents open to others
+        folder.mkdir(mode=0o700, exist_ok=True)
     for folder in missing:
         sync_folder(folder.parent)
 

@@ -94,7 +94,10 @@ class KeyRing:
 
 def unknown_key(key_id: str) -> ResourceNotFoundError:
     """Say that a key is not held here."""
-    message = f"the key {key_id} that seals this artifact is not among the keys given: another owner's, or erased"
+    message = (
+        f"the key {key_id} that seals this artifact is not among the keys given: it is another owner's, was erased, "
+        "or was made after they were exported"
+    )
     return ResourceNotFoundError(message, resource_type="key", resource_id=key_id)
 
 

@@ -67,7 +67,7 @@ class Manifest:
             fields = json.loads(content)
             header, encryption = fields["header"], fields["encryption"]
             identity = Identity(*(str(fields[name]) for name in ("tenant", "artifact_id", "kind")))
-            wrapped = Wrapped(encryption["key_id"], base64.b64decode(encryption["wrapped_key"], validate=True))
+            wrapped = Wrapped(str(encryption["key_id"]), base64.b64decode(encryption["wrapped_key"], validate=True))
             manifest = cls(identity, dict(header), wrapped, int(fields["ciphertext_bytes"]))
             if manifest.to_bytes() != content:
                 raise ValueError("checksum")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from tg_tinker.store.audit import AuditEvent, AuditLog
     from tg_tinker.types.results import AuditLogEntry
+    from tg_tinker.verify import AuditHead
 
 
 class Auditing:
@@ -38,8 +39,13 @@ class Auditing:
         """The keyed digest of an input."""
         return "hmac-sha256:" + hmac.digest(self._secret, route.encode() + b"\0" + body, "sha256").hex()
 
+    async def find_head(self, tenant: str) -> None:
+        """See to it that there is a ``head``, also where this process has written nothing into the tenant's log yet."""
+        if tenant not in self._heads:
+            self._keep(await self.log.head(tenant))
+
     def head(self, tenant: str) -> str | None:
-        """The signed head, in JSON, of what this process wrote last into a tenant's log."""
+        """The signed head, in JSON, of a tenant's log, as this process wrote it last, or else found it."""
         return self._heads.get(tenant, (0, None))[1]
 
     def accepted(self, ticket: Ticket) -> AuditEvent:
@@ -100,8 +106,11 @@ class Auditing:
     def _sign(self, entry: AuditLogEntry) -> None:
         """Sign the log up to an entry, once for all the answers that bring the head to clients."""
         if entry.sequence > self._heads.get(entry.tenant_id, (0, ""))[0]:
-            head = codec.dumps(self.log.head_at(entry).to_dict()).decode()
-            self._heads[entry.tenant_id] = entry.sequence, head
+            self._keep(self.log.head_at(entry))
+
+    def _keep(self, head: AuditHead) -> None:
+        if head.sequence > self._heads.get(head.tenant_id, (-1, ""))[0]:
+            self._heads[head.tenant_id] = head.sequence, codec.dumps(head.to_dict()).decode()
 
     async def _give_up(self, event: AuditEvent, error: Exception) -> None:
         """Write an entry that says that this one could not be encoded, so that the count stays true."""

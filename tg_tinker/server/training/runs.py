@@ -156,10 +156,15 @@ class Run:
             self.privacy.discard()
 
     def check_gradients(self, ticket: Ticket) -> None:
-        """Refuse a step that was accepted before its client could know that a pass before it had failed."""
+        """Refuse a step that was accepted before its client could know that a pass before it had failed.
+
+        Raises ``DPBudgetExceededError`` where it could not be taken either, ``OperationFailedError`` otherwise.
+        """
         spoiler = self.passes.spoiler(ticket)
         if spoiler is not None:
             self.discard_gradients()
+            if self.privacy is not None:
+                self.privacy.policy.check_step(self.step + 1)
             raise OperationFailedError(f"{ticket.operation} was not taken: {spoiler}", operation=ticket.operation)
 
     def step_with(self, optimizer: OptimizerSettings, *, noise: bool = True) -> tuple[StepOutput, DPMetrics | None]:

@@ -111,7 +111,9 @@ def check_origin(run: Run, record: ArtifactRecord, made: Mapping[str, Any]) -> N
         message = "this is a published adapter: it serves sampling, and training cannot resume from it"
         raise InvalidRequestError(f"path: {message}", field="path", constraint="a saved training state")
     if made.get("base_digest") != run.model.base.digest:
-        message = f"artifact_id: it was trained on {made.get('base_model')}, this run trains {run.model.ref}"
+        other, own = made.get("base_model"), run.model.ref
+        here = f"this run trains {own}" if own != other else "whose weights are others here"
+        message = f"artifact_id: it was trained on {other}, {here}"
         raise InvalidRequestError(message, field="artifact_id", constraint=f"a state of {run.model.ref}")
 
 
