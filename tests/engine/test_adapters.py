@@ -11,6 +11,7 @@ from fixtures.peft_oracle import peft_gradients, peft_model
 from fixtures.training import stir, tiny
 from peft import get_peft_model_state_dict
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tg_tinker.engine.lora import adapters, lora_linear
@@ -242,6 +243,26 @@ def test_masters_are_fp32_above_a_bf16_base() -> None:
     gradients = loss_gradients(base, adapter)
     assert {tensor.dtype for tensor in (*adapter.parameters(), *gradients.values())} == {torch.float32}
     assert {a.dtype for a, _ in adapter.snapshot().layers.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("saved", [(), ("lm_head", "h.1.mlp.c_fc")])
+def test_gpt2_is_adapted_as_peft_adapts_it(saved: tuple[str, ...]) -> None:
+    """Its layers store their weights the other way round; logits and gradients are those of peft all the same."""
+    torch.manual_seed(3)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64)).eval()
+    other = copy.deepcopy(model)
+    lora_linear.install(model.requires_grad_(False))
+    base = attrs.evolve(tiny(), model=model)
+    spec = attrs.evolve(SPEC, target_modules=("c_attn", "mlp.c_proj"), modules_to_save=saved)
+    adapter = stir(adapters.create(base, spec))
+    oracle = peft_model(adapter, other)
+    expected = oracle(TOKENS).logits
+    torch.testing.assert_close(logits(base, adapter), expected, atol=1e-5, rtol=1e-5)
+    expected.log_softmax(-1)[..., 7].sum().backward()
+    theirs = peft_gradients(oracle)
+    for name, gradient in loss_gradients(base, adapter).items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5 * float(theirs[name].abs().max()), rtol=1e-4)
+    assert "transformer.h.0.attn.c_proj" in adapters.layer_names(base, None)
 
 
 def test_installing_twice_changes_nothing_and_keeps_the_weights() -> None:

@@ -13,6 +13,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -63,11 +64,16 @@ class LoRALinear(nn.Linear):
     layer_index: int
     binding: Binding | None
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight, (out, in)."""
+        return self.weight
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name nn.Linear gives it
         """Apply the base layer and, where one is bound, the adapter: (..., in) -> (..., out)."""
         binding = self.binding
         if binding is None:
-            return F.linear(input, self.weight, self.bias)
+            return F.linear(input, self.matrix, self.bias)
         return _apply_lora(input, binding.a, binding.b, self)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
@@ -79,6 +85,15 @@ class LoRALinear(nn.Linear):
         generator.manual_seed(mix(binding.dropout_seed, self.layer_index))
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return mask.bernoulli_(1.0 - binding.dropout, generator=generator)
+
+
+class LoRAConv1D(LoRALinear):
+    """The same for what GPT-2 has in place of ``nn.Linear``: its weight is stored as (in, out)."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight, (out, in): a view."""
+        return self.weight.t()
 
 
 class _LoRAFunction(torch.autograd.Function):
@@ -96,7 +111,7 @@ class _LoRAFunction(torch.autograd.Function):
         dropped = flat if mask is None else flat * mask.reshape(flat.shape)
         scale = binding.scale if mask is None else binding.scale / (1.0 - binding.dropout)
         hidden = torch.mm(a.to(x.dtype), dropped.t())  # (rank, N)
-        output = F.linear(flat, layer.weight, layer.bias).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=scale)
+        output = F.linear(flat, layer.matrix, layer.bias).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, a, b, mask, hidden)
         ctx.layer, ctx.scale, ctx.recorder = layer, scale, binding.recorder
         return output.view(*x.shape[:-1], output.shape[-1])
@@ -104,7 +119,7 @@ class _LoRAFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, mask, hidden = ctx.saved_tensors
-        weight = ctx.layer.weight
+        weight = ctx.layer.matrix
         grad = grad_outputs[0].reshape(-1, weight.shape[0])  # (N, out)
         hidden_grad = torch.mm(b.to(grad.dtype).t(), grad.t()).mul_(ctx.scale)  # (rank, N)
         x_grad = _input_grad(grad, hidden_grad, weight, a, mask).view(x.shape) if ctx.needs_input_grad[0] else None
@@ -131,6 +146,9 @@ def _input_grad(grad: Tensor, hidden_grad: Tensor, weight: Tensor, a: Tensor, ma
     return x_grad.add_(torch.mm(hidden_grad.t(), a.to(grad.dtype)).mul_(mask.reshape(x_grad.shape)))
 
 
+_ABLE: dict[type[nn.Module], type[LoRALinear]] = {nn.Linear: LoRALinear, Conv1D: LoRAConv1D}
+
+
 def install(model: nn.Module) -> None:
     """Make every linear layer of ``model`` able to carry an adapter; doing it twice changes nothing."""
     if model not in _LAYERS:
@@ -143,14 +161,19 @@ def layers_of(model: nn.Module) -> Mapping[str, LoRALinear]:
 
 
 def _replace_linears(model: nn.Module) -> Mapping[str, LoRALinear]:
-    """Turn every ``nn.Linear`` of ``model`` into a :class:`LoRALinear`, in place."""
+    """Turn every linear layer of ``model`` into a :class:`LoRALinear`, in place.
+
+    Changing the class keeps identity, tied weights and hooks; the parameters are the very same objects.
+    """
     modules = list(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
     for name, module in modules:
-        # Exactly nn.Linear: a subclass (a quantised layer, say) has a forward of its own that must not be lost.
-        if type(module) is nn.Linear:
-            # Changing the class keeps identity, tied weights and hooks; the parameters are the very same objects.
-            module.__class__ = LoRALinear
-            module.__dict__.update(layer_name=name, binding=None)
+        # Exactly these: a subclass (a quantised layer, say) has a forward of its own that must not be lost.
+        able = _ABLE.get(type(module))
+        if able is not None:
+            module.__class__ = able
+            layer = cast("LoRALinear", module)
+            layer.layer_name, layer.binding = name, None
+            layer.out_features, layer.in_features = layer.matrix.shape
     layers = {name: module for name, module in modules if isinstance(module, LoRALinear)}
     for index, name in enumerate(sorted(layers)):
         layers[name].layer_index = index
