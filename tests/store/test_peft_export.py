@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_peft_loads_the_exported_folder(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+
+
+def test_arrays_are_exported_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was opened offline becomes the same folder where torch is not installed."""
+    name = "base_model.model.layer.lora_"
+    tensors = {f"{name}A.weight": torch.rand(2, 3), f"{name}B.weight": torch.rand(4, 2)}
+    settings = {"base_model": "b", "rank": 2, "alpha": 4.0}
+    export_peft(tmp_path / "with", tensors, **settings)
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    for module in ("torch", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    export_peft(tmp_path / "without", arrays, **settings)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "without" / file).read_bytes() == (tmp_path / "with" / file).read_bytes()
 
 
 def test_nothing_to_export_is_refused(tmp_path: Path) -> None:

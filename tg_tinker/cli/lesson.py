@@ -1,6 +1,6 @@
 """What the demo teaches: questions and answers about a product that does not exist, as batches and as checks.
 
-The files lie in ``data/`` beside this module (and, linked, in ``examples/data/``). Only what a model reads from them
+The files lie in ``data/`` beside this module (and, copied, in ``examples/data/``). Only what a model reads from them
 can make it answer the held-back questions, whose wordings it never saw.
 """
 

@@ -35,9 +35,6 @@ def export_peft(
     ``base_model.model.<module>.weight`` where a module was trained whole. Raises ``InvalidRequestError`` where none is
     a LoRA weight.
     """
-    import safetensors.torch
-    import torch
-
     weights = {name: value for name, value in tensors.items() if name.startswith(_PREFIX)}
     names = [name.removeprefix(_PREFIX) for name in weights]
     layers = sorted({name.rsplit(".", 2)[0] for name in names if name.endswith(_ENDS)})
@@ -56,8 +53,22 @@ def export_peft(
         # by their full names: peft takes every module whose name merely ends so
         "modules_to_save": sorted({name.rsplit(".", 1)[0] for name in names if not name.endswith(_ENDS)}) or None,
     }
-    plain = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in sorted(weights.items())}
     files.make_folder(folder)
-    files.write(folder / "adapter_model.safetensors", safetensors.torch.save(plain, {"format": "pt"}))
+    files.write(folder / "adapter_model.safetensors", _serialized(weights))
     files.write(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True).encode())
     return folder
+
+
+def _serialized(weights: Mapping[str, Tensor | np.ndarray[Any, Any]]) -> bytes:
+    """Write safetensors; arrays need no torch, so that an artifact can be exported where there is none."""
+    import numpy as np
+    import safetensors.numpy
+
+    arrays = {name: np.ascontiguousarray(value) for name, value in weights.items() if isinstance(value, np.ndarray)}
+    if len(arrays) == len(weights):
+        return safetensors.numpy.save(arrays, {"format": "pt"})
+    import safetensors.torch
+    import torch
+
+    tensors = {name: torch.as_tensor(value).detach().cpu().contiguous() for name, value in weights.items()}
+    return safetensors.torch.save(tensors, {"format": "pt"})
