@@ -7,7 +7,6 @@ Made by ``ServiceClient.create_training_client``. The Loops client of the same n
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, final
@@ -20,7 +19,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.faces import blocking, operation, stream, stream_twin, twin
 from tg_tinker.failure import Failure
 from tg_tinker.tokenizer import Tokenizers
-from tg_tinker.types import checks
+from tg_tinker.types import arguments, checks
 from tg_tinker.types.batch import BatchData
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.types.results import (
@@ -34,12 +33,13 @@ from tg_tinker.types.results import (
     TrainingClientInfo,
 )
 from tg_tinker.wire import codec, tg
+from tg_tinker.wire.json_object import json_object
 from tg_tinker.wire.route import Route
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["StreamOptions", "TrainingClient", "json_object"]
+__all__ = ["StreamOptions", "TrainingClient"]
 
 R = TypeVar("R")
 _STATUSES = {tg.RUN_COMPLETED: "completed", tg.RUN_FAILED: "failed"}
@@ -193,7 +193,7 @@ class TrainingClient:
         Raises ``InvalidRequestError`` naming the field.
         """
         body = tg.SampleRequest(
-            prompts=_prompts(prompts),
+            prompts=arguments.texts("prompts", prompts),
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -227,7 +227,9 @@ class TrainingClient:
                 near = difflib.get_close_matches(name, StreamOptions.__annotations__, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise InvalidRequestError(f"sample_stream has no argument {name!r}{hint}", field=name)
-        body = tg.SampleRequest(prompts=_prompts(prompts), max_tokens=max_tokens, temperature=temperature, **kwargs)
+        body = tg.SampleRequest(
+            prompts=arguments.texts("prompts", prompts), max_tokens=max_tokens, temperature=temperature, **kwargs
+        )
         return self._call(tg.SAMPLE_STREAM, body)
 
     sample_stream_async = stream_twin(sample_stream)
@@ -320,37 +322,6 @@ class TrainingClient:
         info = codec.decode(TrainingClientInfo, data)
         self._step, self._status = info.step, info.status
         return info
-
-
-def _prompts(prompts: object) -> tuple[str, ...]:
-    """One prompt or several; the error names the one that is no text."""
-    if isinstance(prompts, str):
-        prompts = (prompts,)
-    if not isinstance(prompts, Sequence) or not prompts:
-        raise checks.refuse("prompts", "a string or a non-empty list of strings", prompts)
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str) or not prompt:
-            raise checks.refuse(f"prompts[{index}]", "a non-empty string", prompt)
-    return tuple(prompts)
-
-
-def json_object(field: str, value: object) -> dict[str, Any]:
-    """A dict that JSON can hold; orjson's own complaint says which value it cannot."""
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise checks.refuse(field, "a dict of JSON values", value)
-    try:
-        json.dumps(dict(value), allow_nan=False, default=_as_numbers)  # orjson would write a NaN as null
-        plain: dict[str, Any] = codec.loads(codec.dumps(dict(value)))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise checks.refuse(field, f"nothing but JSON values ({error})", type(value)) from error
-    return plain
-
-
-def _as_numbers(value: Any) -> object:
-    """The numbers of an array; what else there may be has none."""
-    return value.tolist() if hasattr(value, "tolist") else None
 
 
 def _config_of(info: TrainingClientInfo) -> TrainingConfig:

@@ -229,7 +229,7 @@ async def test_a_failed_pass_fails_the_step_behind_it_and_nothing_else(client, e
     assert passes[0].rpartition("/")[2] in outcome["error"]["message"]
     assert "the device said no" in outcome["error"]["message"]
     assert (await client.result(passes[0]))["error"]["code"] == "OPERATION_FAILED"
-    assert (await client.get(run)).json["status"] == "active"
+    assert (await client.get(run)).json["status"] == "ready"
     assert (await client.run(f"{run}/forward_backward", {"batch": BATCH}))["status"] == "completed"
     assert (await client.run(f"{run}/optim_step"))["result"]["step"] == 1
     assert "optim_step(2)" in engine.log

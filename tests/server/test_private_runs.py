@@ -239,7 +239,7 @@ async def test_a_step_whose_learning_rate_cannot_be_computed_costs_nothing(real)
     before = [(await real.get(path)).json for path in (run, f"{run}/privacy")]
     assert (await real.run(f"{run}/optim_step"))["status"] == "failed"
     assert [(await real.get(path)).json for path in (run, f"{run}/privacy")] == before
-    assert before[0]["status"] == "active"
+    assert before[0]["status"] == "ready"
     nothing = {**batch(20), "mode": "eval"}
     assert (await real.run(f"{run}/forward_backward", nothing))["result"]["gradient_hash"] == gathered
 

@@ -4,10 +4,10 @@ import asyncio
 from datetime import datetime
 
 import pytest
-from fixtures.fake_engine import MODEL
+from fixtures.fake_engine import MODEL, FakeSampler
 from fixtures.server_client import BATCH, KEY
 
-from tg_tinker import ServiceClient
+from tg_tinker import InvalidRequestError, ServiceClient
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.wire import digest, frames
 
@@ -17,7 +17,7 @@ async def test_a_client_is_created_listed_shown_and_limited(client):
     answer = await client.post("/v1/training_clients", {"model_ref": MODEL, "max_steps": 1, "metadata": {"a": 1}})
     made = answer.json
     assert answer.status == 201
-    assert (made["tenant_id"], made["model_ref"], made["status"], made["step"]) == ("tenant-a", MODEL, "active", 0)
+    assert (made["tenant_id"], made["model_ref"], made["status"], made["step"]) == ("tenant-a", MODEL, "ready", 0)
     assert datetime.fromisoformat(made["created_at"]).tzinfo is not None
     assert made["config"]["metadata"] == {"a": 1}
     assert made["config"]["seed"] >= 0
@@ -26,7 +26,9 @@ async def test_a_client_is_created_listed_shown_and_limited(client):
     assert [one["config"]["max_steps"] for one in listed] == [None, 1]
     assert len((await client.get("/v1/training_clients?limit=1")).json) == 1
     assert (await client.get("/v1/training_clients?status=completed")).json == []
-    refused = await client.get("/v1/training_clients?status=ready")
+    for word in ("ready", "active"):  # the wire's, and the client's
+        assert len((await client.get(f"/v1/training_clients?status={word}")).json) == 2
+    refused = await client.get("/v1/training_clients?status=busy")
     assert (refused.status, refused.error["details"]["field"]) == (422, "status")
 
 
@@ -121,10 +123,23 @@ async def test_a_stream_concatenates_to_the_sample(client):
     assert (await client.post(f"{run}/sample_stream", {"prompts": ["a", "b"]})).status == 422
 
 
-async def test_a_stream_that_fails_ends_with_the_error(client):
-    """A prompt that the sampler refuses ends the stream with a typed error frame."""
+@pytest.mark.parametrize("path", ["sample", "sample_stream"])
+async def test_a_prompt_that_is_too_long_is_refused_by_its_place(client, path):
+    """The model's length is known when the request comes: the answer is a 422 that says which prompt it is."""
     run = await client.create(MODEL)
-    answer = await client.post(f"{run}/sample_stream", {"prompts": "a" * 600, "max_tokens": 5})
+    answer = await client.post(f"{run}/{path}", {"prompts": "a" * 600, "max_tokens": 5})
+    assert (answer.status, answer.error["details"]["field"]) == (422, "prompts[0]")
+
+
+async def test_a_stream_that_fails_ends_with_the_error(client, monkeypatch):
+    """What the sampler refuses ends the stream with a typed error frame."""
+
+    def refuse(*_):
+        raise InvalidRequestError("prompt: no", field="prompt")
+
+    run = await client.create(MODEL)
+    monkeypatch.setattr(FakeSampler, "submit", refuse)
+    answer = await client.post(f"{run}/sample_stream", {"prompts": "a", "max_tokens": 5})
     (frame,) = frames.FrameReader().feed(answer.body)
     assert frame["error"]["details"]["field"] == "prompt"
 

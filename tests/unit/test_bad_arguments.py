@@ -10,9 +10,9 @@ from tg_tinker import BatchData, Datum, ModelInput, PoissonSampler, TensorData, 
 from tg_tinker.core.call import call
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.offline import open_artifact
-from tg_tinker.training import json_object
 from tg_tinker.types import arguments, checks, losses
 from tg_tinker.wire import loops, tg
+from tg_tinker.wire.json_object import json_object
 
 HALF = "\ud800"  # half of a surrogate pair: text that UTF-8 cannot write
 

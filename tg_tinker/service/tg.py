@@ -20,11 +20,12 @@ from tg_tinker.errors import ResourceNotFoundError, TGTinkerError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.futures import OperationFuture
 from tg_tinker.service.base import ServiceBase
-from tg_tinker.training import TrainingClient, json_object
+from tg_tinker.training import TrainingClient
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.types.results import ArtifactInfo, AuditLogEntry, TrainingClientInfo
 from tg_tinker.wire import codec, loops, tg
+from tg_tinker.wire.json_object import json_object
 from tg_tinker.wire.route import Route
 from tg_tinker.wire.tg import FutureInfo
 

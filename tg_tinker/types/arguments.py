@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from tg_tinker.types import checks
 
-__all__ = ["MOST_SECONDS", "flag", "optional_text", "patience", "seconds", "text", "whole"]
+__all__ = ["MOST_SECONDS", "flag", "optional_text", "patience", "seconds", "text", "texts", "whole"]
 
 MOST_SECONDS = 3_155_760_000  # a hundred years: what lives longer needs no time to live
 
 
 def text(field: str, value: object) -> str:
-    """A non-empty string."""
+    """A non-empty string that UTF-8 can write: one without halves of surrogate pairs."""
     if not isinstance(value, str) or not value:
         raise checks.refuse(field, "a non-empty string", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise checks.refuse(field, "text that UTF-8 can write", value) from error
     return value
+
+
+def texts(field: str, value: object) -> tuple[str, ...]:
+    """One such string or several; the error names the one that is none."""
+    given = (value,) if isinstance(value, str) else value
+    if not isinstance(given, Sequence) or not given:
+        raise checks.refuse(field, "a string or a non-empty list of strings", value)
+    return tuple(text(f"{field}[{index}]", one) for index, one in enumerate(given))
 
 
 def optional_text(field: str, value: object) -> str | None:

@@ -28,7 +28,8 @@ class BatchData:
     """A rectangular batch of token ids, ``(rows, positions)`` each, as int64.
 
     Takes nested lists, numpy arrays or torch tensors. ``attention_mask`` is 1 for real tokens and 0 for padding, on
-    either side; without one every token is real. The server checks vocabulary and length, which are the model's.
+    either side; without one every token is real. ``labels`` are aligned with the tokens, -100 is ignored; without them
+    every real token is one. The server checks vocabulary and length, which are the model's.
 
     Raises ``InvalidRequestError`` naming the field, and the row where there is one.
     """

@@ -165,7 +165,7 @@ def nested(cls: type[T], value: object, field: str) -> T:
         return value
     if isinstance(value, Mapping):
         return build(cls, value, at=field)
-    raise refuse(field, f"a {cls.__name__} or a dict of its fields", value)
+    raise refuse(field, f"{cls.__name__}(...) or a dict of its fields", value)
 
 
 def build(cls: type[T], fields: Mapping[str, Any], at: str = "") -> T:

@@ -152,14 +152,18 @@ class ArtifactInfo(Value):
     expires_at: datetime | None
 
 
+def _in_public(status: str) -> str:
+    return "active" if status == "ready" else status
+
+
 @attrs.frozen(kw_only=True)
 class TrainingClientInfo(Value):
-    """A run as the server lists it; ``status`` is "active", "completed" or "failed"."""
+    """A run as the server lists it; ``status`` is "active" (on the wire "ready"), "completed" or "failed"."""
 
     training_client_id: str
     tenant_id: str
     model_ref: str
-    status: str
+    status: str = attrs.field(converter=_in_public)
     step: int
     created_at: datetime
     config: dict[str, Any]

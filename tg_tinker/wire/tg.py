@@ -19,6 +19,7 @@ from tg_tinker.wire.route import Route
 
 Status = Literal["pending", "running", "completed", "failed", "cancelled"]
 ENDED = ("completed", "failed", "cancelled")
+READY = "ready"  # what this wire calls a run that is "active"
 MOST_COMPLETIONS = 16_384  # of one sample
 RUN_COMPLETED, RUN_FAILED = "RUN_COMPLETED", "RUN_FAILED"  # codes of errors that tell what has become of the run
 

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 from typing import Any
 
+import attrs
 from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
@@ -47,9 +48,10 @@ async def create(request: web.Request) -> web.Response:
 async def list_clients(request: web.Request) -> web.Response:
     """The tenant's runs, newest first."""
     query.only(request, "status", "limit")
-    status, limit = query.choice(request, "status", STATUSES), query.limit(request)
+    status, limit = query.choice(request, "status", (*STATUSES, tg.READY)), query.limit(request)
+    wanted = "active" if status == tg.READY else status
     runs = common.rooms_of(request).runs.of_tenant(common.tenant_of(request), "tg")
-    return common.reply([info(run) for run in runs if status in {None, run.status}][:limit])
+    return common.reply([info(run) for run in runs if wanted in {None, run.status}][:limit])
 
 
 async def get_client(request: web.Request) -> web.Response:
@@ -136,9 +138,9 @@ def accepted(ticket: Ticket) -> web.Response:
     return common.reply(ticket.info(), 202)
 
 
-def info(run: Run) -> results.TrainingClientInfo:
+def info(run: Run) -> dict[str, Any]:
     """A run as the TG wire lists it."""
-    return results.TrainingClientInfo(
+    listed = results.TrainingClientInfo(
         training_client_id=run.id,
         tenant_id=run.tenant,
         model_ref=run.model.ref,
@@ -148,6 +150,7 @@ def info(run: Run) -> results.TrainingClientInfo:
         config=run.config,
         dp_metrics=None if run.privacy is None else run.privacy.dp_metrics,
     )
+    return {**attrs.asdict(listed, recurse=False), "status": tg.READY if listed.status == "active" else listed.status}
 
 
 async def _run(request: web.Request) -> Run:
@@ -203,9 +206,11 @@ def _batch_hash(run: Run, body: tg.ForwardBackwardRequest) -> str:
 
 
 async def _prompts(run: Run, body: tg.SampleRequest) -> list[tuple[int, ...]]:
-    encoded = []
-    for prompt in body.prompts:
+    encoded, room = [], run.model.base.max_length - 1
+    for index, prompt in enumerate(body.prompts):
         encoded.append(await run.model.encode(prompt))
+        if not 1 <= len(encoded[-1]) <= room:
+            raise checks.refuse(f"prompts[{index}]", f"1 to {room} tokens, of the model's {room + 1}", len(encoded[-1]))
         await asyncio.sleep(0)  # thousands of prompts take seconds, and other requests want their turn
     return encoded
 
