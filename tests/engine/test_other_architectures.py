@@ -1,4 +1,4 @@
-"""Training on architectures that do things in their own way: functional dropout, a body that is not where it is said."""
+"""Training on architectures that do things in their own way: dropout, bodies, sums in place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def base_of(family: str) -> BaseModel:
     """A small random model of the family, as loading it would leave it."""
     model = make(family).requires_grad_(False).eval()
     lora_linear.install(model)
-    return attrs.evolve(tiny(), name=family, model=model, vocab_size=262, max_length=LENGTH)
+    base: BaseModel = attrs.evolve(tiny(), name=family, model=model, vocab_size=262, max_length=LENGTH)
+    return base
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt2", "gpt-oss"])
@@ -38,7 +39,7 @@ def test_checkpointing_turns_no_dropout_on(family: str) -> None:
 
 
 def test_a_model_that_hides_its_body_makes_its_logits_itself() -> None:
-    """Where the body cannot be called without the head, the loss is still that of the model's own logits."""
+    """Where the body cannot be found, and layers add to what others gave, logprobs are those of the model's logits."""
     base = base_of("llama4")
     assert base.model.base_model is base.model
     run = Trainer(base, SPEC, reduction="token_mean", seed=0)

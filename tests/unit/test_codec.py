@@ -218,6 +218,22 @@ def test_a_fault_is_reported_with_its_path(kind: type[Any], data: Any, path: str
     assert any(problem.endswith(f"@ $.{path}") for problem in caught.value.problems)
 
 
+@pytest.mark.parametrize(
+    ("kind", "data", "wanted"),
+    [
+        (tg.SampleRequest, {"prompts": ["a"], "max_tokens": -1}, "an integer of at least 1"),
+        (tg.SampleRequest, {"prompts": ["a"], "top_p": 2.0}, "a finite number greater than 0.0 and at most 1.0"),
+        (tg.SampleRequest, {}, "a value (the field is required)"),
+    ],
+    ids=str,
+)
+def test_a_fault_says_what_was_expected(kind: type[Any], data: Any, wanted: str) -> None:
+    """``constraint`` is there for what arrived by HTTP as it is for an argument."""
+    with pytest.raises(InvalidRequestError) as caught:
+        codec.decode(kind, data)
+    assert caught.value.constraint == wanted
+
+
 def test_all_faults_are_reported_together() -> None:
     """A body that is wrong in two places is answered with both."""
     with pytest.raises(InvalidRequestError) as caught:

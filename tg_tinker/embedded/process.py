@@ -38,8 +38,8 @@ def require_server_extra() -> None:
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         message = (
-            f"without a base_url a server is run on this machine, which needs {', '.join(missing)}: "
-            "pip install 'tg-tinker[server]', or give the base_url of a server elsewhere"
+            f"a server on this machine needs {', '.join(missing)}: pip install 'tg-tinker[server]'; "
+            "for a server elsewhere give its base_url"
         )
         raise ServerUnreachableError(message)
 

@@ -34,6 +34,7 @@ _CONFIGS = (
     config.DPConfig,
     config.SamplingConfig,
 )
+_EXPECTED = re.compile(r"(?s)expected (.*?)(?:, got |: |$)")
 _NESTED_PATH = re.compile(r"(?s)(.*) @ \$(\S*) @ \$(\S*)")
 
 
@@ -82,7 +83,9 @@ def _explain(error: Exception) -> InvalidRequestError:
     first, _, path = problems[0].rpartition(" @ $.")
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = f"{path}: {first}{more}" if first else f"{problems[0]}{more}"
-    return InvalidRequestError(message, field=path or None, problems=problems)
+    wanted = _EXPECTED.match(first or problems[0])
+    constraint = None if wanted is None else wanted[1]
+    return InvalidRequestError(message, field=path or None, constraint=constraint, problems=problems)
 
 
 def _describe(error: BaseException, kind: type | None) -> str:

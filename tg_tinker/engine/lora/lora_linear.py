@@ -74,7 +74,8 @@ class LoRALinear(nn.Linear):
         binding = self.binding
         if binding is None:
             return F.linear(input, self.matrix, self.bias)
-        return _apply_lora(input, binding.a, binding.b, self)
+        # Shaped out here: a view made in there could not be written to, and some models add to what they are given.
+        return _apply_lora(input, binding.a, binding.b, self).view(*input.shape[:-1], self.out_features)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
         """Draw the dropout mask from (seed, layer) alone, so that a recomputed forward draws the same one."""
@@ -97,7 +98,7 @@ class LoRAConv1D(LoRALinear):
 
 
 class _LoRAFunction(torch.autograd.Function):
-    """``y = W x + bias + scale * B A (mask * x)``, with gradients for x, A and B only: W is frozen.
+    """``y = W x + bias + scale * B A (mask * x)``, (..., in) -> (N, out), with gradients for x, A and B: W is frozen.
 
     The rank-sized matrices are kept transposed, (rank, N): matrix products with so thin a factor run several times
     faster that way on a CPU.
@@ -114,7 +115,7 @@ class _LoRAFunction(torch.autograd.Function):
         output = F.linear(flat, layer.matrix, layer.bias).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=scale)
         ctx.save_for_backward(x, a, b, mask, hidden)
         ctx.layer, ctx.scale, ctx.recorder = layer, scale, binding.recorder
-        return output.view(*x.shape[:-1], output.shape[-1])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

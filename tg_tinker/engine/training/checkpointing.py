@@ -11,19 +11,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tg_tinker.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable
 
     from torch import nn
 
     from tg_tinker.engine.models.base_model import BaseModel
 
 __all__ = ["checkpointed", "require_support"]
-
-_CHECKPOINT = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 def require_support(base: BaseModel) -> None:
@@ -39,15 +38,28 @@ def checkpointed(base: BaseModel) -> Generator[None]:
     layers = _layers(base)
     try:
         for layer in layers:
-            # transformers checkpoints only layers in training mode; set on the layer alone, it turns no dropout on.
+            # transformers checkpoints only layers in training mode, and asks before it calls them.
             layer.training, layer.gradient_checkpointing = True, True
-            layer._gradient_checkpointing_func = _CHECKPOINT
+            layer._gradient_checkpointing_func = partial(_checkpoint, layer)
         yield
     finally:
         for layer in layers:
             layer.training, layer.gradient_checkpointing = False, False
 
 
+def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(partial(_without_dropout, layer, forward), *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _without_dropout(layer: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    """Call the layer out of training mode: some drop out by themselves, and would draw another mask the second time."""
+    layer.training = False
+    try:
+        return forward(*args)
+    finally:
+        layer.training = True
+
+
 def _layers(base: BaseModel) -> list[Any]:
     modules = cast("Iterable[nn.Module]", base.model.modules())
-    return [module for module in modules if hasattr(module, "gradient_checkpointing")]
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]

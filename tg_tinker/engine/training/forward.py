@@ -128,6 +128,8 @@ class _HeadPass:
 
 def _has_plain_head(base: BaseModel) -> bool:
     """Find out once whether logits are the output embedding of the last state and nothing else."""
+    if base.model.base_model is base.model:  # its body goes by another name than the model says
+        return False
     if base.model not in _PLAIN_HEAD:
         # Several tokens: the embedding of a padding token may be zero, and zero logits would tell nothing.
         tokens = torch.linspace(0, base.vocab_size - 1, 8, device=base.device).long().unsqueeze(0)
