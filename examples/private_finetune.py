@@ -1,11 +1,12 @@
-"""Fine-tuning with differential privacy: train until the budget is spent, stop cleanly, save, draw what it cost.
+"""Fine-tuning with differential privacy: train until the budget is spent, stop cleanly, save, plot what it cost.
 
     python examples/private_finetune.py                                   # a tiny random model, under a minute
-    python examples/private_finetune.py --model tg-tinker/smollm2-135m    # a real one, after `tg-tinker models fetch`
+    python examples/private_finetune.py --model tg-tinker/smollm2-135m    # a real one; fetch it as below
 
 What is protected is one line of the data: whoever gets the weights can hardly tell whether it was there. Forty-eight
-lines are few for that, so the loss falls a little only; of thousands of lines each one matters less, and the same ε
-buys far more. The curve of the spent ε is drawn to examples/output/private_finetune.png.
+lines are few for that, so the loss falls only a little. Among thousands of lines each one matters less, and the same ε
+buys far more. The ε spent, step by step, is plotted to examples/output/private_finetune.png.
+`tg-tinker models fetch smollm2-135m` fetches the real model.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ def config(model: str, lines: int, batch: int, epsilon: float) -> TrainingConfig
 
 
 def train(tc: TrainingClient, texts: list[str], batch: int) -> list[DPMetrics]:
-    """Step until the budget is spent; give what each step cost."""
+    """Step until the budget is spent; return what each step cost."""
     tokenizer = tc.get_tokenizer()
     spent: list[DPMetrics] = []
     for drawn in PoissonSampler(len(texts), batch / len(texts)):
         try:
-            # An empty draw is a step too: leaving it out would tell that it was empty.
+            # An empty draw is a step too: skipping it would reveal that it was empty.
             if drawn:
                 tc.forward_backward(BatchData.from_texts(tokenizer, [texts[index] for index in drawn])).result()
             step = tc.optim_step().result()
@@ -85,7 +86,7 @@ def loss_of(tc: TrainingClient, texts: list[str]) -> float:
 
 
 def draw(spent: list[DPMetrics], budget: float, picture: Path) -> None:
-    """Draw ε over the steps, where matplotlib is installed."""
+    """Plot ε over the steps, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib")
         return
@@ -102,7 +103,7 @@ def draw(spent: list[DPMetrics], budget: float, picture: Path) -> None:
 
 
 def main() -> None:
-    """Train privately, then save, and show that all but training goes on."""
+    """Train privately until the budget is spent, then show that saving and evaluating still work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tg-tinker/tiny")
     parser.add_argument("--data", type=Path, default=DATA / "marrowick_train.jsonl")

@@ -1,9 +1,10 @@
-"""A loss of one's own: GSPO, which clips the ratio of whole completions, in ten lines of torch.
+"""A loss of your own: GSPO, which clips the ratio of whole completions, in ten lines of torch.
 
     python examples/rl_custom_loss.py --model tg-tinker/smollm2-135m    # without --model: a tiny random one
 
-The server differentiates what this program computes from the logprobs. Group sequence policy optimisation: Zheng et al.
-2025, arXiv:2507.18071. The model learns to count; the curve is drawn to examples/output/rl_custom_loss.png.
+This program computes the loss from the logprobs, and the server takes its gradient back through the model. GSPO is
+group sequence policy optimisation: Zheng et al. 2025, arXiv:2507.18071. The model learns to write digits; the mean
+reward is plotted to examples/output/rl_custom_loss.png.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tg_tinker.loops import AdamParams, Datum, ModelInput, SampleResponse, Sampl
 
 PROMPTS = ("My favourite number is", "One two three", "The year is", "Call me at")
 SAMPLES, PARAMS = 24, SamplingParams(max_tokens=12)  # completions of each prompt
-PASSES, LOW, HIGH = 2, 0.9, 1.1  # steps on the same samples; between these the ratio of a completion counts
+PASSES, LOW, HIGH = 2, 0.9, 1.1  # steps on the same samples; a completion's ratio is clipped to this range
 
 
 def gspo(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
@@ -28,7 +29,7 @@ def gspo(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Ten
     inputs = [{name: tensor.to_numpy() for name, tensor in datum.loss_fn_inputs.items()} for datum in data]
     advantages = torch.tensor([float(one["advantages"][-1]) for one in inputs])
     drifts = [now - torch.from_numpy(one["logprobs"]) for now, one in zip(logprobs, inputs, strict=True)]
-    own = [torch.from_numpy(one["mask"]) > 0 for one in inputs]  # a completion's own tokens, without its prompt's
+    own = [torch.from_numpy(one["mask"]) > 0 for one in inputs]  # the completion's tokens, without the prompt's
     ratio = torch.stack([drift[tokens].mean() for drift, tokens in zip(drifts, own, strict=True)]).exp()
     clipped = ratio.clamp(LOW, HIGH)
     return -torch.minimum(ratio * advantages, clipped * advantages).mean(), {
@@ -37,12 +38,12 @@ def gspo(data: Sequence[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Ten
 
 
 def reward(text: str) -> float:
-    """The share of the characters that are digits; to say almost nothing earns little."""
+    """The share of the characters that are digits; a very short completion earns little."""
     return sum("0" <= character <= "9" for character in text) / max(len(text), 12)
 
 
 def data_of(prompt: list[int], response: SampleResponse, rewards: np.ndarray) -> list[Datum]:
-    """A group of completions; what the loss reads stands beside the targets and stays in this program."""
+    """A group of completions; what only the loss reads is kept beside the targets, and stays in this program."""
     silent, data = [0.0] * (len(prompt) - 1), []
     for sequence, advantage in zip(response.sequences, rewards - rewards.mean(), strict=True):
         tokens, ones = [*prompt, *sequence.tokens], np.ones(len(sequence.tokens))
@@ -54,7 +55,7 @@ def data_of(prompt: list[int], response: SampleResponse, rewards: np.ndarray) ->
 
 
 def train(model: str, steps: int) -> list[float]:
-    """Run the loop; give the mean reward of each step."""
+    """Run the loop; return the mean reward of each step."""
     curve = []
     with ServiceClient() as service:
         trainer = service.create_lora_training_client(base_model=model, rank=16)

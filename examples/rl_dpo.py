@@ -1,10 +1,10 @@
-"""Direct preference optimisation: a model learns which of two answers is preferred, from pairs and without a reward.
+"""Direct preference optimisation: a model learns from pairs which of two answers is preferred, without a reward.
 
     python examples/rl_dpo.py --model tg-tinker/smollm2-135m    # without --model: a tiny random one
 
-The reference is the base model: a sampler scores both answers with it once, before the training. The margin is how much
-more than the reference the trained model prefers the right answer, in nats; two prompts are held back to see whether
-that carries over. The curve is drawn to examples/output/rl_dpo.png.
+The reference is the base model: a sampler scores both answers with it once, before the training. The margin says, in
+nats, how much more strongly than the reference the trained model prefers the right answer. Two prompts are held back,
+to see whether that carries over. The margin is plotted to examples/output/rl_dpo.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HELD_BACK = 2  # prompts
 
 
 def scored(datum: Datum, reference: SamplingClient) -> Datum:
-    """The datum as DPO wants it: its answer weighs 1, its prompt 0, and the reference has said what it thinks."""
+    """The datum as DPO wants it: its answer weighs 1, its prompt 0, and it carries the reference's logprobs."""
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
     tokens = datum.model_input.append_int(int(targets[-1]))
     known = np.array(reference.compute_logprobs(tokens)[1:], np.float32)  # position i predicts token i + 1
@@ -45,7 +45,7 @@ def margins(data: list[Datum], output: ForwardBackwardOutput) -> list[float]:
 
 
 def train(model: str, steps: int, learning_rate: float) -> tuple[list[float], list[float]]:
-    """Run the loop; give the mean margin of each step, and the margins of what was held back."""
+    """Run the loop; return the mean margin of each step, and the margins of the pairs held back."""
     curve = []
     with ServiceClient() as service:
         trainer = service.create_lora_training_client(base_model=model, rank=16)

@@ -2,7 +2,7 @@
 
     python examples/rl_off_policy.py --model tg-tinker/smollm2-135m    # without --model: a tiny random one
 
-One task for each prompt samples from the newest published weights for ever. The trainer takes what is there, leaves out
+One task for each prompt keeps sampling from the newest published weights. The trainer takes whatever is ready, drops
 what is more than MOST_LAG versions old, and steps with CISPO, which corrects for the lag.
 """
 
@@ -19,16 +19,16 @@ from tg_tinker.loops import AdamParams, Datum, ModelInput, SampleResponse, Sampl
 
 PROMPTS = ("HELLO ", "ONCE UPON A TIME ", "THE WEATHER IS ", "MY FOOD ")
 SAMPLES, PARAMS = 16, SamplingParams(max_tokens=12)  # completions of a prompt at once
-MOST_LAG, CLIP = 2, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}  # in versions; as its paper has it
+MOST_LAG, CLIP = 2, {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}  # in versions; as in CISPO's paper
 
 
 def reward(text: str) -> float:
-    """The share of the characters that are lower case letters; to say almost nothing earns little."""
+    """The share of the characters that are lower-case letters; a very short completion earns little."""
     return sum("a" <= character <= "z" for character in text) / max(len(text), 12)
 
 
 def data_of(prompt: list[int], response: SampleResponse) -> tuple[list[Datum], float]:
-    """A group of completions, each with its advantage over the group on its own tokens; and their mean reward."""
+    """A group of completions with the group's mean reward; each has its advantage over the group on its own tokens."""
     rewards = np.array([reward(sequence.text or "") for sequence in response.sequences])
     silent, data = [0.0] * (len(prompt) - 1), []
     for sequence, advantage in zip(response.sequences, rewards - rewards.mean(), strict=True):
@@ -41,7 +41,7 @@ def data_of(prompt: list[int], response: SampleResponse) -> tuple[list[Datum], f
 
 
 async def train(model: str, steps: int) -> list[float]:
-    """Run both sides; give the mean reward of each step."""
+    """Run both sides; return the mean reward of each step."""
     curve = []
     ready: asyncio.Queue[tuple[list[int], SampleResponse]] = asyncio.Queue(len(PROMPTS))  # full: the samplers wait
     async with ServiceClient() as service, asyncio.TaskGroup() as group:

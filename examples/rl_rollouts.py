@@ -4,7 +4,7 @@
     python examples/rl_rollouts.py --model tg-tinker/smollm2-135m    # a real one: tg-tinker models fetch smollm2-135m
 
 Each step publishes the weights, samples 64 completions at once from exactly those weights, scores them, and takes one
-step of importance-sampled policy gradient. The curve of the mean reward is drawn to examples/output/rl_rollouts.png.
+step of importance-sampled policy gradient. The mean reward is plotted to examples/output/rl_rollouts.png.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ PARAMS = SamplingParams(max_tokens=16, temperature=1.0)
 
 
 def reward(text: str) -> float:
-    """The share of the visible characters that are capital letters; to say almost nothing is not to shout."""
+    """The share of the visible characters that are capital letters; a very short completion earns little."""
     visible = "".join(text.split())
     return sum("A" <= character <= "Z" for character in visible) / max(len(visible), PARAMS.max_tokens or 1)
 
 
 async def rollouts(sampler: SamplingClient, prompt: list[int]) -> list[SampledSequence]:
-    """Sample completions of one prompt; each is a request of its own, and all are on their way at once."""
+    """Sample completions of one prompt; each is a request of its own, and all are under way at once."""
     asked = (sampler.sample_async(ModelInput.from_ints(prompt), 1, PARAMS) for _ in range(SAMPLES))
     return [response.sequences[0] for response in await asyncio.gather(*asked)]
 
 
 def datum(prompt: list[int], sequence: SampledSequence, advantage: float) -> Datum:
-    """Position i predicts token i + 1; the prompt's own tokens get no advantage, and so no gradient."""
+    """Position i predicts token i + 1; the prompt's own tokens get no advantage, and therefore no gradient."""
     tokens, silent = [*prompt, *sequence.tokens], [0.0] * (len(prompt) - 1)
     inputs = {
         "target_tokens": TensorData(tokens[1:], "int64"),
@@ -48,7 +48,7 @@ def datum(prompt: list[int], sequence: SampledSequence, advantage: float) -> Dat
 
 
 async def train(model: str, steps: int, learning_rate: float) -> list[float]:
-    """Run the loop; give the mean reward of each step."""
+    """Run the loop; return the mean reward of each step."""
     curve = []
     async with ServiceClient() as service:
         trainer = await service.create_lora_training_client_async(base_model=model, rank=16)
@@ -74,7 +74,7 @@ async def train(model: str, steps: int, learning_rate: float) -> list[float]:
 
 
 def draw(curve: list[float], picture: Path) -> None:
-    """Draw the curve, where matplotlib is installed."""
+    """Plot the curve, if matplotlib is installed."""
     if find_spec("matplotlib") is None:
         print("no picture: pip install matplotlib")
         return

@@ -1,9 +1,9 @@
 """Supervised fine-tuning as a plain script: read questions and answers, train, ask, save.
 
-    python examples/sft_blocking.py                           # on what `tg-tinker models fetch smollm2-135m` brought
-    python examples/sft_blocking.py --model tg-tinker/tiny    # on random weights: quick, and learns nothing to speak of
+    python examples/sft_blocking.py                           # a real model: tg-tinker models fetch smollm2-135m
+    python examples/sft_blocking.py --model tg-tinker/tiny    # random weights: quick, and learns next to nothing
 
-Put your own lines into a file like examples/data/marrowick_train.jsonl and pass it as --data.
+Put your own questions and answers into a file like examples/data/marrowick_train.jsonl and pass it as --data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def prompt(question: str) -> str:
-    """Put a question the way the model learns to answer it."""
+    """Write a question in the form in which the model learns to answer it."""
     return f"Question: {question}\nAnswer:"
 
 
@@ -53,7 +53,7 @@ def main() -> None:
             random.Random(epoch).shuffle(data)  # noqa: S311 - an order is no secret
             for start in range(0, len(data), options.batch_size):
                 rate = options.learning_rate * (1 - step / steps)
-                # Both are submitted before either is waited for: the server is never idle between them.
+                # Both are submitted before waiting for either, so the server is never idle between them.
                 gradients = tc.forward_backward(data[start : start + options.batch_size])
                 update = tc.optim_step(AdamParams(learning_rate=rate))
                 update.result()

@@ -1,10 +1,10 @@
-"""A web service that trains a model and streams its completions meanwhile, on one event loop and no extra thread.
+"""A web service that trains a model and streams its completions at the same time, on a single event loop.
 
     python examples/web_backend.py --port 8080     # then: curl -N 'http://127.0.0.1:8080/complete?prompt=Once'
-    python examples/web_backend.py                 # without a port it tests itself: one request while it trains
+    python examples/web_backend.py                 # without a port it tests itself: some requests while it trains
 
-The client lives in the application's lifespan, on the application's own loop. The training goes on in a background
-task; a completion takes its place in the run's order, so it is written by the weights as they are at that moment.
+The client lives as long as the application, on the application's own loop. The training runs in a background task. A
+completion takes its place in the order of the run's operations, so it comes from the weights of that moment.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ async def lifespan(app: web.Application, model: str) -> AsyncIterator[None]:
 
 
 async def train(app: web.Application) -> None:
-    """Train until the application ends."""
+    """Train until the application shuts down."""
     training = app[TRAINING]
     batch = BatchData.from_texts(await training.get_tokenizer_async(), TEXTS)
     while True:
@@ -71,7 +71,7 @@ async def complete(request: web.Request) -> web.StreamResponse:
 
 
 async def status(request: web.Request) -> web.Response:
-    """Say how far the training is."""
+    """Say how far the training has come."""
     training, losses = request.app[TRAINING], request.app[LOSSES]
     return web.json_response({"step": training.step, "status": training.status, "loss": losses[-1] if losses else None})
 
@@ -90,7 +90,7 @@ async def test_itself(model: str) -> None:
 
 
 async def visit(session: aiohttp.ClientSession) -> None:
-    """Be a reader: once the training is under way, read some completions piece by piece."""
+    """Act as a reader: once the training is under way, read some completions piece by piece."""
     before = await look(session)
     while not before["step"]:
         await asyncio.sleep(0.05)
@@ -104,7 +104,7 @@ async def visit(session: aiohttp.ClientSession) -> None:
 
 
 async def look(session: aiohttp.ClientSession) -> dict[str, Any]:
-    """How far the training is."""
+    """Ask how far the training has come."""
     async with session.get("/status") as answer:
         found: dict[str, Any] = await answer.json()
     return found
