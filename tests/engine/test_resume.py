@@ -177,3 +177,18 @@ def test_a_state_of_another_rank_is_refused() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         other.load(fresh().state(), with_optimizer=False)
     assert caught.value.field == "state.spec.rank"
+
+
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [
+        ("modules_to_save", attrs.evolve(WHOLE, modules_to_save=())),
+        ("target_modules", attrs.evolve(WHOLE, target_modules=None)),
+    ],
+)
+def test_a_state_of_other_modules_is_refused_by_name(field: str, changed: AdapterSpec) -> None:
+    """Where the tensors differ because other modules are trained, the error names that field and both its values."""
+    state = fresh(spec=WHOLE).state()
+    with pytest.raises(InvalidRequestError, match="expected this run's") as caught:
+        fresh(spec=changed).load(state, with_optimizer=True)
+    assert caught.value.field == f"state.spec.{field}"

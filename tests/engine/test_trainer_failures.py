@@ -10,6 +10,7 @@ import pytest
 import torch
 from fixtures.training import drive, gradients, random_rows, tiny, trainer
 
+from tg_tinker.engine.lora import saved_modules
 from tg_tinker.engine.lora.adapters import AdapterSpec
 from tg_tinker.engine.training import forward
 from tg_tinker.engine.training.batching import Row, rows_from_batch, rows_from_data
@@ -196,6 +197,18 @@ def test_a_pass_that_is_cancelled_leaves_nothing() -> None:
         run.optim_step(ADAM)
     tokens = torch.arange(8)[None]
     assert torch.equal(tiny().model(tokens).logits, tiny().model(tokens).logits)
+
+
+def test_a_run_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules trained whole may be large: where there is no room for them, the error is typed and says what to do."""
+
+    def failing(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(saved_modules, "copies", failing)
+    with pytest.raises(ServerError, match="fewer modules") as caught:
+        Trainer(tiny(), AdapterSpec(rank=2, alpha=2.0, modules_to_save=("lm_head",)), reduction="sum", seed=0)
+    assert caught.value.code == "OUT_OF_MEMORY"
 
 
 def test_a_trainer_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

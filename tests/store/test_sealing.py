@@ -167,7 +167,11 @@ def test_a_full_disk_is_an_os_error(size: int) -> None:
     gc.collect()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[1]", b"\xff\xfe", b'{"checksum":1}', b"[" * 5000])
+ENDLESS = b"""{"header": {}, "encryption": {"key_id": "", "wrapped_key": ""}, "ciphertext_bytes": Infinity,
+"tenant": "", "artifact_id": "", "kind": ""}"""
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[1]", b"\xff\xfe", b'{"checksum":1}', b"[" * 5000, ENDLESS])
 def test_what_is_no_manifest_is_damage(content: bytes) -> None:
     """Any bytes in place of a manifest are damage, not a traceback."""
     assert code_of(lambda: Manifest.from_bytes(content)) == DAMAGED

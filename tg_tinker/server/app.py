@@ -44,8 +44,10 @@ def create_app(
         sweeping.start()
         app[ROOMS], app[CREATION] = rooms, Creation(rooms)
         yield
-        await sweeping.aclose()
-        await rooms.aclose()
+        try:
+            await sweeping.aclose()
+        finally:
+            await rooms.aclose()
 
     async def stop(app: web.Application) -> None:
         app[ROOMS].stop()

@@ -102,30 +102,10 @@ class Creation:
         model = await self._tg_model(config)
         fields = codec.loads(codec.dumps(config))
         rooms.engine.optimizer(**tg_operations.optimizer_fields(fields, config.max_steps))
-        lora = config.lora_config
-        spec = {
-            "rank": lora.rank,
-            "alpha": lora.alpha,
-            "dropout": lora.dropout,
-            "target_modules": lora.target_modules,
-            "modules_to_save": lora.modules_to_save,
-            "seed": config.seed,
-        }
-        options = {
-            "reduction": "label_mean",
-            "seed": config.seed,
-            "gradient_checkpointing": config.gradient_checkpointing,
-            "max_length": min(config.max_sequence_length, model.base.max_length),
-        }
         run_id = f"tc-{uuid.uuid4()}"
         size = config.batch_size * config.gradient_accumulation_steps
         privacy = await self._privacy(run_id, config.dp_config, size, "one row of a batch")
-        try:
-            trainer = await self._trainer(model, spec, options)
-        except InvalidRequestError as error:
-            if error.field not in spec:
-                raise
-            raise checks.located(error, "lora_config") from error
+        trainer = await self._tg_trainer(model, config)
         run = await self._add(
             run_id=run_id, tenant=tenant, surface="tg", model=model, trainer=trainer, config=fields,
             max_steps=config.max_steps, privacy=privacy,
@@ -171,6 +151,15 @@ class Creation:
             wanted = "auto, fp32, bf16, or fp16 on a GPU"
             raise checks.refuse("mixed_precision", wanted, config.mixed_precision) from error
 
+    async def _tg_trainer(self, model: Model, config: TrainingConfig) -> Trainer:
+        spec = tg_spec(config)
+        try:
+            return await self._trainer(model, spec, tg_options(config, model.base.max_length))
+        except InvalidRequestError as error:
+            if error.field not in spec:
+                raise
+            raise checks.located(error, "lora_config") from error
+
     async def _trainer(self, model: Model, spec: Mapping[str, Any], options: Mapping[str, Any]) -> Trainer:
         return await self._rooms.scheduler.call(lambda: self._rooms.engine.trainer(model.base, spec, **options))
 
@@ -203,6 +192,22 @@ class Creation:
         except BaseException:  # a failure, or a client that went away: nobody will ever know the run's id
             await self._forget(run)
             raise
+
+
+def tg_spec(config: TrainingConfig) -> dict[str, Any]:
+    """The adapter of a TG run, whose seed is drawn by now."""
+    fields = ("rank", "alpha", "dropout", "target_modules", "modules_to_save")
+    return {**{name: getattr(config.lora_config, name) for name in fields}, "seed": config.seed}
+
+
+def tg_options(config: TrainingConfig, max_length: int) -> dict[str, Any]:
+    """The other arguments of a TG run's trainer; ``max_length`` is the model's, in tokens."""
+    return {
+        "reduction": "label_mean",
+        "seed": config.seed,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "max_length": min(config.max_sequence_length, max_length),
+    }
 
 
 def loops_spec(config: Mapping[str, Any]) -> dict[str, Any]:

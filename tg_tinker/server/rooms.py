@@ -6,8 +6,9 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 
-from tg_tinker.errors import InvalidRequestError, ServerError, ServerRestartedError
+from tg_tinker.errors import ServerError, ServerRestartedError
 from tg_tinker.server.engine import Engine, TorchEngine
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.records.ticket_book import Tickets
@@ -61,10 +62,10 @@ class Rooms:
         storage = await Storage.open(settings)
         try:
             settings.check_address(has_keys=await storage.keys.usable())
-        except InvalidRequestError:
+            rooms = cls(settings, storage, engine or _torch_engine(settings), report)
+        except BaseException:  # whatever it was, the home must not stay locked
             await storage.aclose()
             raise
-        rooms = cls(settings, storage, engine or _torch_engine(settings), report)
         rooms.scheduler.start()
         rooms.warming.start()
         return rooms
@@ -82,10 +83,11 @@ class Rooms:
 
     async def aclose(self) -> None:
         """Stop at the next micro-batch; what is being saved is saved."""
-        await self.models.aclose()
-        await asyncio.to_thread(self.scheduler.close)
-        await asyncio.to_thread(self._clear_aside)
-        await self._storage.aclose()
+        async with AsyncExitStack() as closing:  # in the reverse order, each also where one before it fails
+            closing.push_async_callback(self._storage.aclose)
+            closing.push_async_callback(asyncio.to_thread, self._clear_aside)
+            closing.push_async_callback(asyncio.to_thread, self.scheduler.close)
+            await self.models.aclose()
 
     def _clear_aside(self) -> None:
         """The runs end here, and with them those who are pinned to their versions."""

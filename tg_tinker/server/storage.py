@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import attrs
@@ -40,12 +41,22 @@ class Storage:
 
     @classmethod
     async def open(cls, settings: Settings) -> Storage:
-        """Open everything; what servers that died left unfinished is completed first."""
-        from tg_tinker.store.audit import AuditLog
+        """Open everything, or nothing; what servers that died left unfinished is completed first."""
         from tg_tinker.store.database import Database, database_file, sqlite_url
 
         files = await asyncio.to_thread(_Files.open, settings)
-        database = await Database.open(sqlite_url(database_file(settings.home)))
+        async with AsyncExitStack() as opened:
+            opened.callback(files.ownership.release)
+            database = await Database.open(sqlite_url(database_file(settings.home)))
+            opened.push_async_callback(database.close)
+            storage = await cls._over(settings, files, database)
+            opened.pop_all()
+        return storage
+
+    @classmethod
+    async def _over(cls, settings: Settings, files: _Files, database: Database) -> Storage:
+        from tg_tinker.store.audit import AuditLog
+
         log = AuditLog(database, files.signer)
         trails = folder_of(settings.home)
         recovery = Recovery(database, log, files.ownership, trails, kept=settings.results_kept)
@@ -68,10 +79,11 @@ class Storage:
         )
 
     async def aclose(self) -> None:
-        """Write what is still to be written, and let go of the home."""
-        await self.recording.aclose()
-        await self.database.close()
-        self.ownership.release()
+        """Write what is still to be written, and let go of the home, also where that fails."""
+        async with AsyncExitStack() as closing:
+            closing.callback(self.ownership.release)
+            closing.push_async_callback(self.database.close)
+            await self.recording.aclose()
 
 
 @attrs.frozen
@@ -94,9 +106,9 @@ class _Files:
         home = settings.home
         secret = files.secret(home / "secrets" / "server-secret")
         return cls(
-            CheckpointStore(home / "artifacts", provider_of(home), quota=settings.quota_bytes),
-            Ownership(home),
-            HeadSigner(home / "secrets" / "audit-key"),
-            files.subkey(secret, "input digests"),
-            files.subkey(secret, "signed URLs"),
+            store=CheckpointStore(home / "artifacts", provider_of(home), quota=settings.quota_bytes),
+            signer=HeadSigner(home / "secrets" / "audit-key"),
+            audit_key=files.subkey(secret, "input digests"),
+            file_key=files.subkey(secret, "signed URLs"),
+            ownership=Ownership(home),  # last: nobody would give the name up if another of these failed
         )

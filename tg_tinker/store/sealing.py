@@ -8,7 +8,6 @@ ARTIFACT_MISMATCH (authentic, but another artifact), ARTIFACT_DAMAGED. Not for w
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -71,7 +70,7 @@ class Manifest:
             manifest = cls(identity, dict(header), wrapped, int(fields["ciphertext_bytes"]))
             if manifest.to_bytes() != content:
                 raise ValueError("checksum")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise damaged("its manifest does not read as it was written") from error
         return manifest
 

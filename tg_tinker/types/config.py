@@ -23,6 +23,7 @@ ACCOUNTANTS = ("rdp", "moments", "gdp", "prv")
 
 #: fields that not every optimizer reads -> those that do
 _READ_BY = {"betas": ("adamw", "adam"), "eps": ("adamw", "adam"), "momentum": ("sgd",)}
+_MOST_NAMES = 1000  # of modules: each is looked for in the whole model
 _MOST_ROWS = 10**9  # and as many batches: their product is a number that JSON can hold
 _WITH_CYCLES = ("cosine", "cosine_with_restarts")
 
@@ -41,11 +42,13 @@ class LoRAConfig:
     alpha: float = attrs.field(default=32.0, validator=checks.number(1.0))
     dropout: float = attrs.field(default=0.05, validator=checks.number(0.0, below=1.0))
     target_modules: tuple[str, ...] = attrs.field(
-        default=("q_proj", "v_proj", "k_proj", "o_proj"), converter=checks.tupled, validator=checks.texts()
+        default=("q_proj", "v_proj", "k_proj", "o_proj"),
+        converter=checks.tupled,
+        validator=checks.texts(most=_MOST_NAMES),
     )
     bias: str = attrs.field(default="none", validator=checks.choice("none", "all", "lora_only"))
     modules_to_save: tuple[str, ...] = attrs.field(
-        default=(), converter=checks.tupled, validator=checks.texts(empty=True)
+        default=(), converter=checks.tupled, validator=checks.texts(empty=True, most=_MOST_NAMES)
     )
 
 

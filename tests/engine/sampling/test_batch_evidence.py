@@ -65,6 +65,11 @@ def begun(values):
     return values["past_key_values"] is not None and values["past_key_values"].get_seq_length() > 0
 
 
+def far(values):
+    """Whether more tokens were read before than the sliding window holds."""
+    return begun(values) and values["past_key_values"].get_seq_length() > 16
+
+
 def looking_ahead(model, forward, values):
     """A forward pass in which every token sees the last one."""
     last = model.get_input_embeddings()(values["input_ids"][:, -1:])
@@ -105,6 +110,16 @@ def test_models_that_do_not_allow_it_are_found_out(kit, family):
         ("gpt2", deaf_to("position_ids"), "rows padded in front gave other logits"),
         ("mistral-windowed", without_windows, "longer than the sliding window gave other logits"),
         ("gemma2", without_windows, "longer than the sliding window gave other logits"),
+        (
+            "mistral-windowed",
+            wrong_when(lambda values, rows, tokens: rows == 1 and far(values) and "position_ids" in values),
+            "longer than the sliding window gave other logits",
+        ),
+        (
+            "mistral-windowed",
+            wrong_when(lambda values, rows, tokens: tokens > 1 and far(values)),
+            "in pieces beyond the sliding window gave other logits",
+        ),
         ("phi", across_rows, "prompts in one pass gave other logits"),
         ("phi", looking_ahead, "prompts in one pass gave other logits"),
         (

@@ -29,6 +29,11 @@ def read(decoder, tokens, adapter=None):
 def layers_of(decoder):
     """The layers of the cache of the only group."""
     (group,) = decoder._groups
+    return layers_of_group(group)
+
+
+def layers_of_group(group):
+    """The layers of its cache."""
     return group._cache.layers
 
 
@@ -123,6 +128,21 @@ def test_places_are_freed(kit):
     del short, sequence, sequences
     assert decoder._groups == []
     assert [buffer() for buffer in kept] == [None] * 2
+
+
+def test_a_long_row_does_not_lengthen_short_ones(kit):
+    """Short sequences beside a long one need no room for its length, and all have the tokens that they have alone."""
+    base = kit.wrap(make("phi", max_position_embeddings=2048))
+    requests = [kit.request(kit.prompt(length), max_tokens=30) for length in (9, 1500, 12, 5, 700, 20, 1400)]
+    alone = [kit.run(Sampler(base), request)[0].tokens for request in requests]
+    sampler = Sampler(base, prefix_cache_bytes=0)
+    recorders = kit.submit(sampler, *requests)
+    while not all(recorder.tokens for recorder in recorders):
+        sampler.step()
+    held = sum(layers[0].buffers[0][:, 0, :, 0].numel() for layers in map(layers_of_group, sampler._decoder._groups))
+    assert held < 2 * (1500 + 1400 + 700 + 4 * 120)
+    kit.drain(sampler)
+    assert [recorder.result.tokens for recorder in recorders] == alone
 
 
 @pytest.mark.parametrize("family", ["phi", "roberta"])

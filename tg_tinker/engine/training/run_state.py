@@ -65,6 +65,8 @@ def load(trainer: Trainer, state: TrainerState, *, with_optimizer: bool) -> tupl
     adapter = {name: value for name, value in state.tensors.items() if name.startswith("base_model.")}
     gradients = {name: value for name, value in state.tensors.items() if name.startswith("grad.")}
     moments = {name: value for name, value in state.tensors.items() if name not in adapter and name not in gradients}
+    if adapter.keys() != own.keys():
+        _check_spec(trainer, counters, "target_modules", "modules_to_save")
     check_tensors(adapter, own, field="state", same_dtype=True)
     if with_optimizer:
         trainer.gradients.check(gradients, counters["gradients"])
@@ -84,12 +86,20 @@ def load(trainer: Trainer, state: TrainerState, *, with_optimizer: bool) -> tupl
 def _check_counters(trainer: Trainer, counters: Mapping[str, Any], *, with_optimizer: bool) -> None:
     if counters.get("format") != _FORMAT:
         raise _unfit("format", _FORMAT, counters.get("format"))
-    spec = trainer.adapter.spec
-    for key in ("rank", "alpha"):
-        if counters["spec"][key] != getattr(spec, key):
-            raise _unfit(f"spec.{key}", f"this run's {key}, {getattr(spec, key)}", counters["spec"][key])
+    _check_spec(trainer, counters, "rank", "alpha")
     if with_optimizer and "optimizer" not in counters:
         raise _unfit("optimizer", "a state that was saved with its optimizer", None)
+
+
+def _check_spec(trainer: Trainer, counters: Mapping[str, Any], *keys: str) -> None:
+    for key in keys:
+        then, now = (_as_json(value) for value in (counters["spec"].get(key), getattr(trainer.adapter.spec, key)))
+        if then != now:
+            raise _unfit(f"spec.{key}", f"this run's {key}, {now}", then)
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _circumstances(trainer: Trainer) -> dict[str, Any]:

@@ -105,7 +105,8 @@ class Trainer:
         self.max_length = min(max_length or base.max_length, base.max_length)
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens or _tokens_at_once(base)
-        self.adapter = adapters.create(base, spec)
+        with memory.guard("making the run", "train fewer modules whole, or a smaller rank"):
+            self.adapter = adapters.create(base, spec)
         self.step = 0
         self.dropout_counter = 0  # micro-batches that drew dropout so far
         self.gradients = GradientSum(self.adapter.parameter_dict())

@@ -1,7 +1,8 @@
 """Decoding for adapters that carry whole modules: a slot decoder over their weights each, beside the shared one.
 
 Whoever carries none goes to the shared decoder, as if this were not here. A decoder of its own reads the base model's
-weights where the adapter has nothing instead, so it holds no copy of them; it goes when its adapter goes.
+weights where the adapter has nothing instead; of those it copies only what is fused with something of the adapter's. It
+goes when its adapter goes.
 """
 
 from __future__ import annotations

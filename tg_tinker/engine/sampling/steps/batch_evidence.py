@@ -1,7 +1,8 @@
 """Whether sequences may share the passes of a model: tried on the model itself, not looked up in a list of names.
 
 What is tried: prompts padded behind, a prompt in two pieces, rows padded in front, tokens far along beside near ones,
-and more tokens than a sliding window holds. Each must give the logits of the plain passes that it replaces.
+and going on after more tokens than a sliding window holds. Each must give the logits of the plain passes that it
+replaces.
 """
 
 from __future__ import annotations
@@ -75,8 +76,8 @@ class _Trial:
         states = self._read(logits)
         self._decode(caches, states)
         self._decode_far(states)
-        for window in _windows(caches[0], self._base.max_length - 1):
-            self._decode_long(window, states[0])
+        for window in _windows(caches[0], self._base.max_length - 2):
+            self._go_on_long(window, states[0])
 
     def _read(self, expected: Sequence[Tensor]) -> list[State]:
         """Read both prompts in one pass, and the longer one in two pieces; give what is kept of them."""
@@ -111,16 +112,25 @@ class _Trial:
         own = self._step(self._cache(states), tokens, _LENGTHS, position_ids=positions)
         self._compare(own, torch.cat(alone), "rows far from one another")
 
-    def _decode_long(self, length: int, other: State) -> None:
-        """Read a token after ``length`` made-up ones, alone with the model's own cache and beside a short row."""
-        token = self._tokens(1)
-        cache = DynamicCache(config=self._base.model.config)
+    def _go_on_long(self, length: int, other: State) -> None:
+        """Read two tokens after ``length`` made-up ones: beside a short row, alone, and as a piece of a prompt."""
+        tokens = self._tokens(2)
         state = [(self._noise(keys, length), self._noise(values, length)) for keys, values in other]
+        expected = self._one_by_one(state, tokens)
+        own = self._step(self._cache([state, other]), [tokens[:1]] * 2, [length, _LENGTHS[0]])
+        self._compare(own[0], expected[:1], "a row longer than the sliding window")
+        own = self._step(self._cache([state]), [tokens[:1]], [length])
+        self._compare(own[0], expected[:1], "rows longer than the sliding window")
+        prompt = StepPrompt((0,) * length + tokens, None, done=length, state=state)
+        (piece,) = read_together(self._run, [Chunk(prompt, 2, 2)])
+        self._compare(piece, expected, "a prompt in pieces beyond the sliding window")
+
+    def _one_by_one(self, state: State, tokens: Sequence[int]) -> Tensor:
+        """Read tokens after a state with the model's own cache; give logits (tokens, vocabulary)."""
+        cache = DynamicCache(config=self._base.model.config)
         for index, (keys, values) in enumerate(state):
             cache.update(keys[None], values[None], index)
-        expected, _ = self._run([token], None, cache)
-        own = self._step(self._cache([state, other]), [token, token], [length, _LENGTHS[0]])
-        self._compare(own[:1], expected, "a row longer than the sliding window")
+        return torch.cat([self._run([[token]], None, cache)[0][0] for token in tokens])
 
     def _cache(self, states: Sequence[State]) -> PaddedCache:
         cache = PaddedCache(states[0])

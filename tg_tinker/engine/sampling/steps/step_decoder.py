@@ -1,7 +1,7 @@
 """Decoding for any causal language model: transformers' own forward pass, where ``slot_decoder`` knows no faster one.
 
-Sequences of one adapter share a pass where the model was seen to allow it (``batch_evidence``). Where it does not they
-take turns, token by token.
+Sequences of one adapter and of about one length share a pass where the model was seen to allow it (``batch_evidence``).
+Where it does not they take turns, token by token.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ class StepDecoder:
         return _stacked(sequence.group.read(sequence))
 
     def _group_for(self, prompt: StepPrompt) -> StepGroup:
-        if not self._together:
-            return Single(prompt.adapter)
-        found = (group for group in self._groups if group.adapter is prompt.adapter)
-        return next(found, None) or Group(prompt.adapter, prompt.state)
+        found = next((group for group in self._groups if group.takes(prompt)), None)
+        if found is not None:
+            return found
+        return Group(prompt.adapter, prompt.state) if self._together else Single(prompt.adapter)
 
 
 def _stacked(state: State | None) -> Tensor | None:

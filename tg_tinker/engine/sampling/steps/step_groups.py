@@ -1,4 +1,7 @@
-"""Sequences that are decoded in one pass: those of one adapter where the model allows it, otherwise each for itself."""
+"""Sequences that are decoded in one pass: those of one adapter and of about one length where the model allows it.
+
+Otherwise each for itself.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from tg_tinker.engine.sampling.steps.padded_cache import State
 
 __all__ = ["Group", "Single", "StepGroup", "StepPrompt", "StepSequence"]
+
+_PADDING = 512  # columns that a row may leave empty, beside as many as it fills
 
 
 @attrs.define(eq=False)
@@ -46,6 +51,10 @@ class StepGroup(Protocol):
     @property
     def full(self) -> bool:
         """Whether a token more needs ``grow``."""
+        ...
+
+    def takes(self, prompt: StepPrompt) -> bool:
+        """Say whether a sequence after ``prompt`` may join."""
         ...
 
     def settle(self) -> None:
@@ -86,6 +95,11 @@ class Group:
     def full(self) -> bool:
         """Whether a token more needs ``grow``."""
         return self._cache.full
+
+    def takes(self, prompt: StepPrompt) -> bool:
+        """Say whether it is for the same adapter, and no row would be mostly padding then."""
+        lengths = [len(prompt.tokens), *(member.length for member in self.members)]
+        return prompt.adapter is self.adapter and max(lengths) <= _PADDING + 2 * min(lengths)
 
     def settle(self) -> None:
         """Move the last rows into the gaps that others left."""
@@ -149,6 +163,11 @@ class Single:
         self.adapter = adapter
         self.members: list[StepSequence] = []
         self._cache: Any = None
+
+    def takes(self, prompt: StepPrompt) -> bool:
+        """Take nobody beside the one."""
+        del prompt
+        return False
 
     def settle(self) -> None:
         """Do nothing: there are no gaps."""
