@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import attrs
 import numpy as np
@@ -21,6 +22,11 @@ from tg_tinker.types.batch import BatchData
 from tg_tinker.types.loops import Datum, ModelInput
 
 ADAM = OptimizerSettings(learning_rate=1e-2)
+
+
+def no_memory(*_: object, **__: object) -> None:
+    """What torch does where memory has run out."""
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def refused(rows: list[Row], loss_fn: str = "cross_entropy", **settings) -> InvalidRequestError:
@@ -201,14 +207,24 @@ def test_a_pass_that_is_cancelled_leaves_nothing() -> None:
 
 def test_a_run_that_finds_no_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules trained whole may be large: where there is no room for them, the error is typed and says what to do."""
-
-    def failing(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(saved_modules, "copies", failing)
+    monkeypatch.setattr(saved_modules, "copies", no_memory)
     with pytest.raises(ServerError, match="fewer modules") as caught:
         Trainer(tiny(), AdapterSpec(rank=2, alpha=2.0, modules_to_save=("lm_head",)), reduction="sum", seed=0)
     assert caught.value.code == "OUT_OF_MEMORY"
+
+
+@pytest.mark.parametrize("copy", [Trainer.snapshot, Trainer.state])
+def test_a_copy_that_finds_no_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, copy: Callable[[Trainer], object]
+) -> None:
+    """Publishing and saving copy the adapter: where there is no room the error is typed, and the run goes on."""
+    run = trainer()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "to", no_memory)
+        with pytest.raises(ServerError, match="delete runs") as caught:
+            copy(run)
+    assert caught.value.code == "OUT_OF_MEMORY"
+    assert copy(run) is not None
 
 
 def test_a_trainer_that_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

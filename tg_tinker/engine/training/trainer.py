@@ -51,6 +51,7 @@ _REDUCTIONS = ("token_mean", "label_mean", "sum")
 _TOKENS_AT_ONCE = 8192
 _WORK_ON_CPU = 1 << 35  # tokens x parameters of a micro-batch: a second or two on two cores
 _LEAST_TOKENS = 128
+_FREE_MEMORY = "delete runs that are done with, or free memory on this machine"
 
 
 @attrs.frozen(eq=False)
@@ -175,11 +176,13 @@ class Trainer:
 
     def snapshot(self) -> FrozenAdapter:
         """Copy the adapter as it is now, for sampling."""
-        return self.adapter.snapshot()
+        with memory.guard("copying the adapter", _FREE_MEMORY):
+            return self.adapter.snapshot()
 
     def state(self, *, include_optimizer: bool = True) -> TrainerState:
         """Copy everything that continuing exactly needs; without the optimizer, the adapter and the step alone."""
-        return run_state.save(self, include_optimizer=include_optimizer)
+        with memory.guard("copying the state", _FREE_MEMORY):
+            return run_state.save(self, include_optimizer=include_optimizer)
 
     def load(self, state: TrainerState, *, with_optimizer: bool) -> tuple[str, ...]:
         """Continue from ``state``; without its optimizer, take adapter and step and start from no moments.
