@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import threading
+from typing import Any
 
 import pytest
-from fixtures.fake_engine import MODEL
+from fixtures.fake_engine import MODEL, Characters
 from fixtures.server_client import BATCH, KEY, datum
 
 from tg_tinker.server.api import common
@@ -228,16 +230,48 @@ async def test_one_sample_is_bounded(client, fields, field):
     assert (answer.status, answer.error["details"]["field"]) == (422, field)
 
 
-async def test_others_are_served_while_many_prompts_are_encoded(client):
-    """Thousands of prompts in one request do not stop the server from answering somebody else in between."""
+async def test_others_are_served_while_many_prompts_are_encoded(client, monkeypatch):
+    """Thousands of prompts in one request give the server's loop away after every one of them."""
+    encoded = 0
+
+    def encode(*_: Any, **__: Any) -> list[int]:
+        nonlocal encoded
+        encoded += 1
+        return [1]
+
+    monkeypatch.setattr(Characters, "encode", encode)
     run = await client.create(MODEL)
     many = asyncio.create_task(client.post(f"{run}/sample", {"prompts": ["a"] * 3000, "max_tokens": 1}))
-    turns = 0
+    counts = {0}
     async with asyncio.timeout(20):
-        while not (await client.get("/v1/futures")).json:
-            turns += 1
-        assert (await many).status == 200
-    assert turns > 1
+        while not many.done():
+            await asyncio.sleep(0)
+            counts.add(encoded)
+    assert many.result().status == 200
+    assert counts == set(range(3001))
+
+
+async def test_a_long_text_that_is_encoded_stops_nobody(client, monkeypatch):
+    """While a long prompt is encoded, a short one waits for the tokenizer, and everybody else is served."""
+    begun, go_on, encode = threading.Event(), threading.Event(), Characters.encode
+
+    def slow(self: Characters, text: str, **options: Any) -> list[int]:
+        if len(text) > 1:
+            begun.set()
+            assert go_on.wait(20)
+        return encode(self, text[:1], **options)
+
+    monkeypatch.setattr(Characters, "encode", slow)
+    run = await client.create(MODEL)
+    long = asyncio.create_task(client.post(f"{run}/sample", {"prompts": "a" * 100_000, "max_tokens": 1}))
+    try:
+        assert await asyncio.to_thread(begun.wait, 20)
+        short = asyncio.create_task(client.post(f"{run}/sample", {"prompts": "a", "max_tokens": 1}))
+        assert (await client.get("/v1/futures")).json == []
+        assert not short.done()
+    finally:
+        go_on.set()
+    assert [(await task).status for task in (long, short)] == [200, 200]
 
 
 FLAGS = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from tg_tinker.server.engine import TorchEngine
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.sweeping import Sweeping
+from tg_tinker.server.weights.models import Model
 
 TINY = "tg-tinker/tiny"
 
@@ -144,3 +148,28 @@ async def test_the_real_engine_leaves_nothing_behind(serve, tmp_path):
     await client.create(TINY, mixed_precision="bf16")
     gc.collect()
     assert [part() for part in gone] == [None] * len(gone)
+
+
+async def test_a_text_is_encoded_alone_even_when_who_asked_has_left():
+    """The tokenizer stays taken until its thread has ended, though nobody waits for that text any more."""
+    begun, go_on, inside, most = threading.Event(), threading.Event(), 0, 0
+
+    def encode(text: str) -> list[int]:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        begun.set()
+        if text != "short":
+            assert go_on.wait(20)
+        inside -= 1
+        return [1]
+
+    model = Model("fake", SimpleNamespace(tokenizer=SimpleNamespace(encode=encode)), None)  # type: ignore[arg-type]
+    left = asyncio.create_task(model.encode("long" * 10_000))
+    assert await asyncio.to_thread(begun.wait, 20)
+    left.cancel()
+    next_one = asyncio.create_task(model.encode("short"))
+    await asyncio.wait([left])
+    go_on.set()
+    assert await next_one == (1,)
+    assert most == 1

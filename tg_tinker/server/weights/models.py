@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -34,15 +33,16 @@ class Model:
     ref: str
     base: BaseModel
     sampler: Sampler
-    _encoding: threading.Lock = attrs.field(factory=threading.Lock, repr=False)
+    _encoding: asyncio.Lock = attrs.field(factory=asyncio.Lock, repr=False)
 
     async def encode(self, text: str) -> tuple[int, ...]:
         """The token ids of a prompt, raw: no chat template."""
-        return await asyncio.to_thread(self._encode, text) if len(text) > _LONG_TEXT else self._encode(text)
+        return await asyncio.shield(self._encode(text))  # a thread goes on when who asked is gone, and so must the lock
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        with self._encoding:  # the tokenizers library refuses to be used by two threads at once
-            return tuple(self.base.tokenizer.encode(text))
+    async def _encode(self, text: str) -> tuple[int, ...]:
+        async with self._encoding:  # the tokenizers library refuses to be used by two threads at once
+            encode = self.base.tokenizer.encode
+            return tuple(await asyncio.to_thread(encode, text) if len(text) > _LONG_TEXT else encode(text))
 
 
 class Models:
