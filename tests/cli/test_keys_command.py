@@ -14,7 +14,8 @@ from tg_tinker.cli import main
 from tg_tinker.errors import AuthenticationError
 from tg_tinker.server.auth import Keys
 from tg_tinker.server.settings import Settings
-from tg_tinker.store.database import Database, database_file, sqlite_url
+from tg_tinker.store.database import Database, database_file
+from tg_tinker.store.sqlite import sqlite_url
 
 
 def keys(home: Path, *arguments: str, code: int = 0) -> Result:

@@ -118,7 +118,8 @@ def _fields(row: ApiKeyRow) -> dict[str, Any]:
 
 def _in_database(place: Path, work: Callable[[Database], Awaitable[T]], *, default: T | None = None) -> T:
     """Open the home's database for one piece of work; where there is none, ``default`` is all there is to say."""
-    from tg_tinker.store.database import Database, database_file, sqlite_url
+    from tg_tinker.store.database import Database, database_file
+    from tg_tinker.store.sqlite import sqlite_url
 
     path = database_file(place)
 
