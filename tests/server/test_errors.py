@@ -29,6 +29,20 @@ async def test_an_error_body_has_the_four_fields(client):
     }
 
 
+async def test_a_wrong_method_is_told_the_right_ones(client):
+    """Another method than those of a path is a 405 that names them, in its body and in Allow."""
+    answer = await client.call("PUT", "/v1/training_clients", {})
+    assert (answer.status, answer.error["code"], answer.error["details"]["field"]) == (405, "HTTP_405", "method")
+    assert answer.error["details"]["constraint"] == "GET or HEAD or POST"
+    assert answer.headers["Allow"] == "GET,HEAD,POST"
+
+
+async def test_a_401_names_the_scheme(client):
+    """Who shows no key is told how one is shown, as HTTP has it."""
+    answer = await client.as_tenant(None).get("/v1/training_clients")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
 async def test_what_nobody_expected_stays_in_the_log(client, monkeypatch):
     """An unexpected exception answers 500 without a word of it."""
     monkeypatch.setattr(client.server.app[ROOMS].runs, "of_tenant", lambda *_: 1 / 0)

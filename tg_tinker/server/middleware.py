@@ -36,14 +36,13 @@ _RETRIED_BY_LOOPS = frozenset({400, 404, 408, 502, 503})
 @web.middleware
 async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id (its own, if it is well formed) and turn whatever is raised into a response."""
-    given = request.headers.get(headers.REQUEST_ID, "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+    give_id(request)
     try:
         return await handler(request)
     except TGTinkerError as error:
         return error_response(request, await _on_record(request, error))
     except web.HTTPException as error:
-        return error_response(request, _typed(request, error), error.status)
+        return http_error_response(request, error)
     # The last line of defence: whatever it is goes to the log, and none of it to the client.
     except Exception:  # noqa: BLE001
         _log.exception("%s %s [%s] failed", request.method, request.path, request[REQUEST_ID])
@@ -84,6 +83,12 @@ async def finish(request: web.Request, handler: Handler) -> web.StreamResponse:
     return await whole(_await(handler, request))
 
 
+def give_id(request: web.BaseRequest) -> None:
+    """Give the request an id: its own, if it is well formed."""
+    given = request.headers.get(headers.REQUEST_ID, "")
+    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
 def event_id(request: web.Request) -> str:
     """Name one event of the audit log; the client chooses the request's id, and an id that is known is not logged."""
     return f"{request[REQUEST_ID]}/{secrets.token_hex(4)}"
@@ -102,7 +107,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 def error_response(
-    request: web.Request, error: TGTinkerError, status: int | None = None, *, exact_status: bool = False
+    request: web.BaseRequest, error: TGTinkerError, status: int | None = None, *, exact_status: bool = False
 ) -> web.Response:
     """The wire body of an error, with its status."""
     error.request_id = request.get(REQUEST_ID)
@@ -115,8 +120,18 @@ def error_response(
     ):
         status = 429 if error.details.get("retry_after") else 422
     response = web.Response(status=status, body=codec.dumps(error.to_wire()), content_type="application/json")
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if error.details.get("retry_after"):
         response.headers[headers.RETRY_AFTER] = str(math.ceil(error.details["retry_after"]))
+    return response
+
+
+def http_error_response(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The same of what aiohttp refuses: no such route, another method, a body that is too large, an ``Expect``."""
+    response = error_response(request, _typed(request, error), error.status)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
     return response
 
 
@@ -142,10 +157,16 @@ def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
     if error.status == 404:
         return ResourceNotFoundError("no such route", resource_type="route", resource_id=request.path)
     if error.status == 413:
-        limit = request.app[ROOMS].settings.max_body_bytes
-        constraint = f"at most {limit} bytes"
-        return InvalidRequestError(f"body: expected {constraint}", field="body", constraint=constraint)
-    return InvalidRequestError(error.reason or "the request cannot be served", code=f"HTTP_{error.status}")
+        wanted = f"at most {request.app[ROOMS].settings.max_body_bytes} bytes"
+        return InvalidRequestError(f"body: expected {wanted}", field="body", constraint=wanted)
+    field, wanted = None, error.reason
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        field, wanted = "method", " or ".join(sorted(error.allowed_methods))
+    elif isinstance(error, web.HTTPExpectationFailed):
+        field, wanted = "Expect", "100-continue"
+    return InvalidRequestError(
+        f"{field or 'the request'}: expected {wanted}", field=field, constraint=wanted, code=f"HTTP_{error.status}"
+    )
 
 
 def _hostname(url: str) -> str:
