@@ -130,6 +130,13 @@ async def test_a_rebound_name_is_refused(client):
     assert (await client.get("/healthz", Host="localhost:1")).status == 200
 
 
+async def test_a_server_answers_under_its_own_address(serve):
+    """Whatever address of this machine a server listens on, requests and pages that name it are served."""
+    client = await serve(host="127.0.0.2")
+    assert (await client.get("/healthz", Host="127.0.0.2:8000", Origin="http://127.0.0.2:3000")).status == 200
+    assert (await client.get("/healthz", Host="127.0.0.3:8000")).status == 403
+
+
 async def test_a_page_of_another_site_is_refused(serve):
     """An Origin elsewhere gets 403, also where no key is asked for: a web page cannot train here by posting."""
     client = (await serve(keys={})).as_tenant(None)

@@ -53,7 +53,7 @@ async def identify(request: web.Request, handler: Handler) -> web.StreamResponse
 async def check_host(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Keep web pages out: they cannot rebind their own name to us, nor post to us from elsewhere."""
     settings = request.app[ROOMS].settings
-    names = _LOCAL_NAMES | set(settings.allowed_hosts)
+    names = _LOCAL_NAMES | {settings.host} | set(settings.allowed_hosts)
     if settings.loopback and _hostname(f"//{request.host}") not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
     origin = request.headers.get("Origin")
