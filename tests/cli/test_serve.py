@@ -43,6 +43,22 @@ def test_serves_until_it_is_interrupted(tmp_path: Path) -> None:
         assert server.stderr.read() == f"export TG_TINKER_BASE_URL={url}\n"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_request_is_found_in_the_log(tmp_path: Path) -> None:
+    """With --verbose every request is a line under its id."""
+    command = [*SERVE, "--port", "0", "--home", str(tmp_path), "--verbose"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[2].rstrip(";")
+        asked = urllib.request.Request(f"{url}/v1/health", headers={"X-Request-Id": "find-me"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert answer.status == 200
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+    assert "DEBUG tg_tinker.server GET /v1/health [find-me] of nobody: 200\n" in said
+
+
 def refusal(*options: str) -> str:
     """Start a server that must not come up, and give what it says."""
     result = subprocess.run([*SERVE, *options], capture_output=True, check=False, text=True, timeout=50)

@@ -37,6 +37,14 @@ _RETRIED_BY_LOOPS = frozenset({400, 404, 408, 502, 503})
 async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id (its own, if it is well formed) and turn whatever is raised into a response."""
     give_id(request)
+    response = await _answered(request, handler)
+    refused = response.status >= 400 and response.status != 408  # that is Loops for "not yet"
+    told = request.method, _shown(request), request[REQUEST_ID], request.get(TENANT, "nobody"), response.status
+    _log.log(logging.INFO if refused else logging.DEBUG, "%s %s [%s] of %s: %d", *told)
+    return response
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except TGTinkerError as error:
@@ -45,7 +53,7 @@ async def identify(request: web.Request, handler: Handler) -> web.StreamResponse
         return http_error_response(request, error)
     # The last line of defence: whatever it is goes to the log, and none of it to the client.
     except Exception:  # noqa: BLE001
-        _log.exception("%s %s [%s] failed", request.method, request.path, request[REQUEST_ID])
+        _log.exception("%s %s [%s] failed", request.method, _shown(request), request[REQUEST_ID])
         return error_response(request, ServerError("the server failed; its log says why"))
 
 
@@ -167,6 +175,12 @@ def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
     return InvalidRequestError(
         f"{field or 'the request'}: expected {wanted}", field=field, constraint=wanted, code=f"HTTP_{error.status}"
     )
+
+
+def _shown(request: web.Request) -> str:
+    """The path as it was sent, but for a route that is open to whoever knows its path."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None and resource.canonical in PUBLIC else request.rel_url.raw_path
 
 
 def _hostname(url: str) -> str:

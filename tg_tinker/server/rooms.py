@@ -12,6 +12,7 @@ from tg_tinker.errors import ServerError, ServerRestartedError
 from tg_tinker.server.engine import Engine, TorchEngine
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.records.ticket_book import Tickets
+from tg_tinker.server.records.tickets import Ticket
 from tg_tinker.server.serving.published import Published
 from tg_tinker.server.serving.samplers import Samplers
 from tg_tinker.server.settings import Settings
@@ -43,7 +44,7 @@ class Rooms:
             queue_limit=settings.queue_limit,
         )
         self.tickets.on_accept.append(self.recording.accepted)
-        self.tickets.on_end.append(self.recording.ended)
+        self.tickets.on_end += [self.recording.ended, _log_end]
         self.models = Models(settings, engine, self.scheduler, report)
         self.runs = Runs()
         self.samplers = Samplers()
@@ -100,6 +101,11 @@ class Rooms:
         # Importing torch can fail in any way; whoever needs it first is told, and the log says why.
         except Exception:  # noqa: BLE001
             _log.exception("the engine cannot be imported")
+
+
+def _log_end(ticket: Ticket) -> None:
+    told = ticket.operation, ticket.id, ticket.run_id, ticket.status, ticket.ended - ticket.accepted, ticket.request_id
+    _log.log(logging.INFO if ticket.failure else logging.DEBUG, "%s %s of %s: %s, %.3f s [%s]", *told)
 
 
 def _torch_engine(settings: Settings) -> Engine:
