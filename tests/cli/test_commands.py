@@ -86,6 +86,26 @@ def test_what_names_a_row_is_never_broken(monkeypatch: pytest.MonkeyPatch, capsy
     assert max(map(len, lines)) <= 60
 
 
+def test_what_is_piped_is_one_line_a_field(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hash, a path or a command in the output of `show` and `doctor` can be found by grep, however narrow it is."""
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "word " * 5000 + "end"
+    out.show_one({"id": "fut-1", "result": {"hash": "f" * 200}, "text": long}, "table")
+    assert capsys.readouterr().out.splitlines() == [
+        "id      fut-1", f'result  {{"hash": "{"f" * 200}"}}', f"text    {long}",
+    ]  # fmt: skip
+    advice = "-> tg-tinker models fetch smollm2-135m (the demo does it by itself)"
+    assert advice in [line.strip() for line in tg_tinker("doctor").output.splitlines()]
+
+
+def test_a_hint_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said beside the output is not broken where a command or a path in it would be, nor taken for markup."""
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "no key is left in [red]/home: a server answers nobody until `tg-tinker keys create`"
+    out.hint(line)
+    assert capsys.readouterr().err == f"{line}\n"
+
+
 def test_fetching_the_tiny_model_needs_nothing() -> None:
     """The tiny model is made in memory, and fetching it says so, to people and to programs."""
     told = json.loads(tg_tinker("models", "fetch", "tiny", "--format", "json").stdout)

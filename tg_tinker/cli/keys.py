@@ -69,7 +69,7 @@ def create_key(tenant: str, name: str | None, days: int | None, folder: Path | N
 
     _in_database(place, store)
     click.echo(json.dumps({"key": key, **_fields(row)}, indent=2) if output == out.JSON else key)
-    out.talk().print(f"the key of tenant {tenant} is shown only now; its user sets TG_TINKER_API_KEY to it")
+    out.hint(f"the key of tenant {tenant} is shown only now; its user sets TG_TINKER_API_KEY to it")
 
 
 @command.command("ls")
@@ -99,7 +99,7 @@ def revoke_key(key_id: str, folder: Path | None, output: str) -> None:
         raise ResourceNotFoundError(message, resource_type="api_key", resource_id=key_id)
     out.say("{key_id} is revoked", {"key_id": key_id, "state": "revoked"}, output)
     if not any(row.usable(now) for row in _in_database(place, lambda found: found.list_api_keys())):
-        out.talk().print("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
+        out.hint("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
 
 
 def _fields(row: ApiKeyRow) -> dict[str, Any]:
