@@ -71,7 +71,7 @@ def refusal(*options: str) -> str:
 @pytest.mark.timeout(120)
 def test_other_machines_are_not_served_without_a_key(tmp_path: Path) -> None:
     """An address that others can reach is refused, with the reason."""
-    assert "no API key" in refusal("--host", "0.0.0.0", "--home", str(tmp_path))
+    assert "no usable API key" in refusal("--host", "0.0.0.0", "--home", str(tmp_path))
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from tg_tinker import home
 from tg_tinker.cli import local_files
 from tg_tinker.cli import output as out
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.types import checks
 
 if TYPE_CHECKING:
     from tg_tinker.store.database import Database
@@ -33,6 +34,7 @@ _COLUMNS = {
     "created": "Created",
     "expires": "Expires",
 }
+_LONGEST_NAME = 128  # what the database's column is made for; SQLite alone would take more
 _home = click.option("--home", "folder", type=click.Path(path_type=Path), help="Instead of TG_TINKER_HOME.")
 
 
@@ -59,6 +61,8 @@ def create_key(tenant: str, name: str | None, days: int | None, folder: Path | N
     from tg_tinker.store.names import check_label
 
     check_label(tenant, "tenant")
+    if name is not None and not (1 <= len(name) <= _LONGEST_NAME and name.isprintable()):
+        raise checks.refuse("name", f"1 to {_LONGEST_NAME} printable characters", name)
     place = local_files.make_home(folder)
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
     key, row = new_key(tenant, name=name, expires_at=expires)

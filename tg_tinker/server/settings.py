@@ -76,7 +76,7 @@ class Settings:
         """Refuse to serve other machines without keys: ``InvalidRequestError`` that says how to make one."""
         if not (self.loopback or has_keys):
             message = (
-                f"host: {self.host} can be reached from other machines, and there is no API key yet; make one with "
+                f"host: {self.host} can be reached from other machines, and there is no usable API key; make one with "
                 "`tg-tinker keys create TENANT`, or serve 127.0.0.1"
             )
             raise InvalidRequestError(message, field="host", constraint="a loopback address, or at least one API key")
