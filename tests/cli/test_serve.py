@@ -85,6 +85,14 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
     assert "--port" in said
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:
+    """A device that this machine lacks ends the server, rather than every request to it with an error."""
+    said = refusal("--device", "tpu", "--port", "0", "--home", str(tmp_path))
+    assert said.splitlines()[-1] == "Error: device 'tpu' is not available here"
+
+
 def chosen(monkeypatch: pytest.MonkeyPatch, *options: str) -> Settings:
     """The settings that a server would be started with."""
     seen: list[Settings] = []

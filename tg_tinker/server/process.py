@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator
 
 from aiohttp import web
 
-from tg_tinker.errors import ServerError
 from tg_tinker.server.app import create_app
 from tg_tinker.server.connection import listen
 from tg_tinker.server.middleware import ROOMS
@@ -64,8 +63,9 @@ async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> 
     finally:
         await runner.cleanup()
         importing = ROOMS in app and app[ROOMS].warming.is_alive()
-    if app[ROOMS].crashed.is_set():
-        raise ServerError("the device thread broke down")
+    crash = app[ROOMS].crash
+    if crash is not None:
+        raise crash
     if importing:
         logging.shutdown()
         os._exit(0)  # everything is closed, and an import that is still going on would hold the process up for seconds
