@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -96,6 +98,19 @@ def test_what_is_piped_is_one_line_a_field(monkeypatch: pytest.MonkeyPatch, caps
     ]  # fmt: skip
     advice = "-> tg-tinker models fetch smollm2-135m (the demo does it by itself)"
     assert advice in [line.strip() for line in tg_tinker("doctor").output.splitlines()]
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_a_reader_that_has_read_enough_is_no_error(home: Path, form: str) -> None:
+    """Where nobody reads the output any more, as after `| head`, nothing is said of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tg_tinker.cli", "keys", "ls", "--format", form]
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=50)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
 
 
 def test_a_hint_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,6 +121,8 @@ def advice_for_people(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except TGTinkerError as error:
             message = str(error)
+        except BrokenPipeError:  # `| head` has read enough: click ends without a word
+            raise
         except OSError as error:  # a disk, a folder, a permission: nothing that a traceback would explain
             message = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         talk().print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)
