@@ -31,6 +31,13 @@ async def test_an_error_body_has_the_four_fields(client):
     }
 
 
+async def test_a_privacy_report_of_no_run_is_missed_by_its_own_name(client):
+    """The one route of both surfaces names what is not there as the surface of the id does."""
+    for name, code in (("tc-x", "TRAINING_CLIENT_NOT_FOUND"), ("run-x", "RUN_NOT_FOUND")):
+        answer = await client.get(f"/v1/training_clients/{name}/privacy")
+        assert (answer.status, answer.error["code"]) == (404, code)
+
+
 async def test_a_wrong_method_is_told_the_right_ones(client):
     """Another method than those of a path is a 405 that names them, in its body and in Allow."""
     answer = await client.call("PUT", "/v1/training_clients", {})

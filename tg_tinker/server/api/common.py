@@ -56,7 +56,8 @@ async def run_of(request: web.Request, run_id: str, surface: Surface | None = No
     run = rooms.runs.find(tenant, run_id, surface)
     if run is None:
         await rooms.registry.explain(tenant, run_id)
-        kind = "training_client" if surface == "tg" else "run"
+        loops = surface == "loops" or (surface is None and run_id.startswith("run-"))
+        kind = "run" if loops else "training_client"
         raise ResourceNotFoundError(f"no such {kind.replace('_', ' ')}", resource_type=kind, resource_id=run_id)
     return run
 
