@@ -146,6 +146,17 @@ async def test_a_page_of_another_site_is_refused(serve):
     assert (await client.post("/v1/training_clients", body, Origin="http://localhost:3000")).status == 201
 
 
+async def test_a_picture_on_a_page_of_another_site_loads_no_model(serve, engine):
+    """What a page elsewhere embeds or links to has no Origin; the browser's own word for it is enough for a 403."""
+    client = (await serve(keys={})).as_tenant(None)
+    path = f"/v1/tokenizer?model={MODEL}"
+    assert (await client.get(path, Sec_Fetch_Site="cross-site")).status == 403
+    assert engine.loads == 0
+    for site in ("same-site", "same-origin", "none"):
+        assert (await client.get(path, Sec_Fetch_Site=site)).status == 200
+    assert (await client.get(path, Sec_Fetch_Site="cross-site", Origin="http://localhost:3000")).status == 200
+
+
 async def test_too_many_requests_are_told_when_to_come_back(serve):
     """Over the limit a tenant gets 429 with Retry-After; another tenant is not affected."""
     client = await serve(requests_per_minute=14)

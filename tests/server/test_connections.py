@@ -1,4 +1,4 @@
-"""What never becomes a request: each is answered in the wire's words, under an id, and leaves one line in the log."""
+"""Bytes that no proper client sends: answered in the wire's words, under an id, with one line in the log at most."""
 
 from __future__ import annotations
 
@@ -106,3 +106,9 @@ async def test_an_unknown_expectation_is_refused_by_name(send):
     answer = await send(POST + AUTHORIZED + b"X-Request-Id: mine\r\nExpect: magic\r\nContent-Length: 2\r\n\r\n{}")
     assert refused(answer, 417, "HTTP_417") == "mine"
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["details"]["field"] == "Expect"
+
+
+async def test_a_request_without_a_host_asks_no_name_server(send, monkeypatch):
+    """A client of HTTP/1.0 is served, and the server does not look its own name up for it, which could take seconds."""
+    monkeypatch.setattr("socket.getfqdn", lambda *_: 1 / 0)
+    assert b" 200 OK" in await send(b"GET /healthz HTTP/1.0\r\n\r\n")

@@ -62,11 +62,16 @@ async def check_host(request: web.Request, handler: Handler) -> web.StreamRespon
     """Keep web pages out: they cannot rebind their own name to us, nor post to us from elsewhere."""
     settings = request.app[ROOMS].settings
     names = _LOCAL_NAMES | {settings.host} | set(settings.allowed_hosts)
-    if settings.loopback and _hostname(f"//{request.host}") not in names:
+    # Browsers always send a Host; for who does not, aiohttp would ask the DNS who we are, and everybody would wait.
+    if settings.loopback and "Host" in request.headers and _hostname(f"//{request.host}") not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
     origin = request.headers.get("Origin")
-    if origin is not None and _hostname(origin) not in names:
-        raise AuthorizationError("the Origin header names another site; web pages elsewhere may not use this server")
+    # A picture or a link of a page has no Origin, but can have a model loaded.
+    elsewhere = (
+        request.headers.get("Sec-Fetch-Site") == "cross-site" if origin is None else _hostname(origin) not in names
+    )
+    if elsewhere:
+        raise AuthorizationError("the request comes from another site; web pages elsewhere may not use this server")
     return await handler(request)
 
 
