@@ -39,7 +39,7 @@ def routes() -> list[web.RouteDef]:
 
 async def create(request: web.Request) -> web.Response:
     """Make a run, from a saved state if the body names one."""
-    config, checkpoint_id = await common.read_as(request, _new_run)
+    config, checkpoint_id = await common.read_as(request, _new_run, exact=True)
     key = common.idempotency_key(request)
     run = await common.creation_of(request).tg_run(common.tenant_of(request), config, checkpoint_id, key)
     return common.reply(info(run), 201)
@@ -90,7 +90,7 @@ async def optim_step(request: web.Request) -> web.Response:
 async def sample(request: web.Request) -> web.Response:
     """Sample with the adapter as it is at this place in the run's order."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read_as(request, _sample_request)
+    body = await common.read_as(request, _sample_request, exact=True)
     prompts, seed = await _prompts(run, body), _seed(body)
     ticket = await common.submit(
         request, run, "sample", lambda _: tg_operations.sample(run, engine, body, prompts, seed)
@@ -101,7 +101,7 @@ async def sample(request: web.Request) -> web.Response:
 async def sample_stream(request: web.Request) -> web.StreamResponse:
     """The same for one prompt, token by token; the headers go out when the place in the order is taken."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read_as(request, _sample_request)
+    body = await common.read_as(request, _sample_request, exact=True)
     if len(body.prompts) != 1:
         raise checks.refuse("prompts", "a single prompt", list(body.prompts))
     prompts, seed, stream = await _prompts(run, body), _seed(body), streams.TokenStream(body.num_completions)
