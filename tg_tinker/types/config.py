@@ -14,7 +14,7 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import checks
-from tg_tinker.types.value import Value
+from tg_tinker.types.value import Input, Value
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
@@ -29,7 +29,7 @@ _WITH_CYCLES = ("cosine", "cosine_with_restarts")
 
 
 @attrs.frozen(kw_only=True)
-class LoRAConfig:
+class LoRAConfig(Input):
     """The low-rank adapter that is trained (Hu et al. 2021, arXiv:2106.09685).
 
     ``alpha / rank`` scales the update. ``target_modules`` are layer-name endings; each must match at least one layer.
@@ -67,7 +67,7 @@ def _two_decay_rates(_: object, __: object, value: Any) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Input):
     """The optimizer and its learning-rate schedule; ``warmup_steps`` rise linearly from 0.
 
     ``lr_scheduler_kwargs``: ``num_cycles`` for the cosine kinds. The decaying kinds need ``TrainingConfig.max_steps``.
@@ -117,7 +117,7 @@ def _noise(_: object, __: object, value: Any) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class DPConfig:
+class DPConfig(Input):
     """Differential privacy for the run (DP-SGD, Abadi et al. 2016, arXiv:1607.00133).
 
     The unit that is protected is one row of a batch (on the Loops surface one datum). Once per optimizer step, noise of
@@ -141,7 +141,7 @@ class DPConfig:
 
 
 @attrs.frozen(kw_only=True)
-class SamplingConfig(Value):
+class SamplingConfig(Input, Value):
     """Sampling settings to keep beside a run: ``tc.sample(prompt, **config.to_dict())``; ``top_k=0`` is off."""
 
     max_tokens: int = attrs.field(default=128, validator=checks.integer(1, 4096))
@@ -166,7 +166,7 @@ def _dp(value: Any) -> DPConfig | None:
 
 
 @attrs.frozen(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Input):
     """Everything that defines a TG training run.
 
     ``model_ref`` is a hub id, a local folder, ``"tg-tinker/tiny"`` or ``"tg-tinker/smollm2-135m"``. ``max_steps`` ends
