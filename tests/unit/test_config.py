@@ -58,6 +58,7 @@ WRONG: list[tuple[Callable[..., Any], str, Any]] = [
     (SamplingConfig, "max_tokens", 0),
     (SamplingConfig, "temperature", 2.1),
     (SamplingConfig, "top_p", 1.1),
+    (SamplingConfig, "top_p", 0.0),
     (SamplingConfig, "top_k", -1),
 ]
 

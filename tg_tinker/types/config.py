@@ -146,7 +146,7 @@ class SamplingConfig(Input, Value):
 
     max_tokens: int = attrs.field(default=128, validator=checks.integer(1, 4096))
     temperature: float = attrs.field(default=0.7, validator=checks.number(0.0, 2.0))
-    top_p: float = attrs.field(default=0.9, validator=checks.number(0.0, 1.0))
+    top_p: float = attrs.field(default=0.9, validator=checks.number(above=0.0, high=1.0))
     top_k: int = attrs.field(default=50, validator=checks.integer(0))
     stop_sequences: tuple[str, ...] = attrs.field(
         default=(), converter=checks.tupled, validator=checks.texts(empty=True)
