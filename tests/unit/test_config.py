@@ -230,6 +230,19 @@ def test_a_yaml_file_makes_the_same_config(tmp_path: Any) -> None:
         assert caught.value.field == "path"
 
 
+@pytest.mark.parametrize("text", ["1e-4", "1E-04", "0.1e-3", ".1e-3", "1.e-4", "+1e-4", "100e-6", "0.0001"])
+def test_a_number_in_yaml_is_one_however_it_is_written(tmp_path: Any, text: str) -> None:
+    """``1e-4`` is a number, though the YAML of 2005 has it as a string; quoted it is a string, and is refused."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_ref: 1e-4m\noptimizer:\n  learning_rate: {text}\n", encoding="utf-8")
+    config = TrainingConfig.from_yaml(path)
+    assert (config.model_ref, config.optimizer.learning_rate) == ("1e-4m", pytest.approx(1e-4))
+    path.write_text(f"model_ref: m\noptimizer:\n  learning_rate: '{text}'\n", encoding="utf-8")
+    with pytest.raises(InvalidRequestError) as caught:
+        TrainingConfig.from_yaml(path)
+    assert caught.value.field == "optimizer.learning_rate"
+
+
 def test_configs_are_frozen_and_pickle() -> None:
     """A config cannot be changed behind a run's back, and travels to another process."""
     config = TrainingConfig(model_ref="m", lora_config={"rank": 2})

@@ -220,14 +220,10 @@ class TrainingConfig(Input):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainingConfig:
-        """Build a config from a YAML file of the same nested fields."""
-        import yaml
+        """Build a config from a YAML file of the same nested fields; ``1e-4`` is a number, as in YAML 1.2."""
+        from tg_tinker.types.yaml_file import read
 
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidRequestError(f"cannot read the config {path}: {error}", field="path") from error
-        return cls.from_dict(fields)
+        return cls.from_dict(read(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as ``from_dict`` takes them."""
