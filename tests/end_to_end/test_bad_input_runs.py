@@ -134,6 +134,12 @@ def test_wrong_arguments_of_a_tg_run(run: TrainingClient, call: Callable[[Any], 
     assert caught.value.field == field
 
 
+def test_a_misspelt_argument_of_a_stream_is_answered_with_the_nearest_name(run: TrainingClient) -> None:
+    """Also where the argument is one that the page names, not one of ``**kwargs``."""
+    with pytest.raises(InvalidRequestError, match="max_token: no argument of sample_stream; did you mean 'max_tokens'"):
+        run.sample_stream("a", max_token=1)  # type: ignore[call-arg]
+
+
 def test_a_batch_without_labels_moves_nothing(run: TrainingClient) -> None:
     """A batch in which every position is ignored has no tokens, no loss and no gradient, and is no error."""
     result = run.forward_backward({"input_ids": [[1, 2]], "labels": [[-100, -100]]}).result(timeout=60)
