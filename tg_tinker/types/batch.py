@@ -105,6 +105,15 @@ class BatchData(Input):
         }
 
 
+def require_labels(batch: BatchData) -> None:
+    """Refuse a batch in which there is nothing to predict: a mean over no tokens is no loss, and 0.0 looks like one."""
+    real = batch.attention_mask == 1
+    wanted = real if batch.labels is None else real & (batch.labels != IGNORED)
+    if not (wanted & (real.cumsum(axis=1) > 1)).any():
+        constraint = f"a token to predict in at least one row: not {IGNORED}, nor the first of its row"
+        raise checks.refuse("batch.labels", constraint, None if batch.labels is None else batch.labels.tolist())
+
+
 def _mask(value: object, shape: tuple[int, ...]) -> NDArray[np.int64]:
     return _shaped(value, "attention_mask", shape, flags=True)  # tokenizers and libraries have masks of True and False
 
