@@ -157,7 +157,7 @@ class ServiceBase:
         """Close, from a coroutine; otherwise as ``close``."""
         core = self._core
         if core is not None:
-            await core.home.hop(self._end(core))
+            await core.home.hop(partial(self._end, core))
         self._closed = True
 
     close_async = aclose
