@@ -123,6 +123,11 @@ def test_nested_dicts_become_configs() -> None:
     assert TrainingConfig.from_dict(config.to_dict()) == config
 
 
+def test_no_optimizer_is_the_default_one() -> None:
+    """The pages have None as the optimizer's default, and so has a YAML file with an empty line for it."""
+    assert TrainingConfig(model_ref="m", optimizer=None) == TrainingConfig(model_ref="m")
+
+
 def test_a_fault_inside_a_nested_dict_is_located() -> None:
     """The error of a nested field carries the whole path."""
     with pytest.raises(InvalidRequestError) as caught:

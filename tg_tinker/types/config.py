@@ -158,7 +158,7 @@ def _lora(value: Any) -> LoRAConfig:
 
 
 def _optimizer(value: Any) -> OptimizerConfig:
-    return checks.nested(OptimizerConfig, value, "optimizer")
+    return OptimizerConfig() if value is None else checks.nested(OptimizerConfig, value, "optimizer")
 
 
 def _dp(value: Any) -> DPConfig | None:
@@ -172,8 +172,10 @@ class TrainingConfig(Input):
     ``model_ref`` is a hub id, a local folder, ``"tg-tinker/tiny"`` or ``"tg-tinker/smollm2-135m"``. ``max_steps`` ends
     the run: its status becomes "completed", training is refused, sampling and saving go on.
     ``batch_size`` and ``gradient_accumulation_steps`` only make the expected batch size under DP: a batch has the rows
-    that it has, and gradients add up until ``optim_step``, whatever they say. ``seed`` fixes adapter initialisation and
-    dropout; None lets the server draw one. Nested configs may be given as dicts.
+    that it has, and gradients add up until ``optim_step``, whatever they say. Training rows of more tokens than
+    ``max_sequence_length``, or than the model has positions, are refused, not cut. ``mixed_precision`` "auto" is fp32
+    on a CPU and bf16 on a GPU. ``seed`` fixes adapter initialisation and dropout; None lets the server draw one. Nested
+    configs may be given as dicts; an ``optimizer`` of None is the default one.
 
     Raises ``InvalidRequestError`` with ``field`` and ``constraint``.
     """
