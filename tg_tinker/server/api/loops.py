@@ -186,7 +186,8 @@ async def _held(request: web.Request) -> Held:
     name = request.match_info["id"]
     held = await common.held(request, name)
     if held.info().training_client_id != request.match_info["run"]:
-        raise ResourceNotFoundError("no such operation", resource_type="operation", resource_id=name)
+        message = f"no such operation: {checks.shown(name)}"
+        raise ResourceNotFoundError(message, resource_type="operation", resource_id=name)
     return held
 
 
