@@ -21,9 +21,11 @@ from tg_tinker import (
     PoissonSampler,
     SamplingConfig,
     SamplingParams,
+    ServiceClient,
     TensorData,
     TrainingConfig,
 )
+from tg_tinker import loops as loops_surface
 from tg_tinker.core.call import call
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.offline import open_artifact
@@ -185,3 +187,11 @@ def test_a_misspelt_key_of_a_batch_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(InvalidRequestError, match="did you mean 'labels'") as caught:
         BatchData.of({"input_ids": [[1]], "label": [[1]]})
     assert caught.value.field == "batch.label"
+
+
+@pytest.mark.parametrize("kind", [ServiceClient, loops_surface.ServiceClient])
+def test_a_misspelt_argument_of_a_service_is_answered_with_the_nearest_name(kind: type[ServiceClient]) -> None:
+    """As with the calls that it offers: a ``TypeError``, as Python's, that says what may have been meant."""
+    with pytest.raises(TypeError, match="'time_out'; did you mean 'timeout'"):
+        kind(time_out=3)  # type: ignore[call-arg]
+    assert list(inspect.signature(kind).parameters)[:2] == ["api_key", "base_url"]
