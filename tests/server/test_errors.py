@@ -25,7 +25,7 @@ async def test_an_error_body_has_the_four_fields(client):
     answer = await client.get("/v1/training_clients/tc-x")
     assert answer.error == {
         "code": "TRAINING_CLIENT_NOT_FOUND",
-        "message": "no such training client",
+        "message": "no such training client: 'tc-x'",
         "details": {"resource_type": "training_client", "resource_id": "tc-x"},
         "request_id": answer.headers["X-Request-Id"],
     }

@@ -15,6 +15,7 @@ from tg_tinker.errors import AuthorizationError, InvalidRequestError, ResourceNo
 from tg_tinker.server.auth import PUBLIC
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.tasks import whole
+from tg_tinker.types import checks
 from tg_tinker.wire import codec, headers
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -168,7 +169,8 @@ async def _await(handler: Handler, request: web.Request) -> web.StreamResponse:
 
 def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
     if error.status == 404:
-        return ResourceNotFoundError("no such route", resource_type="route", resource_id=request.path)
+        message = f"no such route: {checks.shown(request.path)}"
+        return ResourceNotFoundError(message, resource_type="route", resource_id=request.path)
     if error.status == 413:
         wanted = f"at most {request.app[ROOMS].settings.max_body_bytes} bytes"
         return InvalidRequestError(f"body: expected {wanted}", field="body", constraint=wanted)

@@ -1,7 +1,7 @@
 """The database: tenants, API keys, runs, futures. Small typed functions over SQLAlchemy's async core.
 
-SQLite by default (``sqlite``), shared by several servers; a write transaction takes the write lock at its start, so what
-it reads still holds when it writes. Another database needs that of ``writing`` in its own way: serializable
+SQLite by default (``sqlite``), shared by several servers; a write transaction takes the write lock at its start, so
+what it reads still holds when it writes. Another database needs that of ``writing`` in its own way: serializable
 transactions, tried again. Audit entries go through ``audit``. Every look-up is by tenant: another's row is not there.
 """
 

@@ -58,7 +58,8 @@ async def run_of(request: web.Request, run_id: str, surface: Surface | None = No
         await rooms.registry.explain(tenant, run_id)
         loops = surface == "loops" or (surface is None and run_id.startswith("run-"))
         kind = "run" if loops else "training_client"
-        raise ResourceNotFoundError(f"no such {kind.replace('_', ' ')}", resource_type=kind, resource_id=run_id)
+        message = f"no such {kind.replace('_', ' ')}: {checks.shown(run_id)}"
+        raise ResourceNotFoundError(message, resource_type=kind, resource_id=run_id)
     return run
 
 
@@ -154,7 +155,8 @@ async def held(request: web.Request, future_id: str) -> Held:
     if found is None or (isinstance(found, Ticket) and found.dropped):
         found = await rooms.journal.find(tenant, future_id)
     if found is None:
-        raise ResourceNotFoundError("no such future", resource_type="future", resource_id=future_id)
+        message = f"no such future: {checks.shown(future_id)}"
+        raise ResourceNotFoundError(message, resource_type="future", resource_id=future_id)
     return found
 
 

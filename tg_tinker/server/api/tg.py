@@ -15,6 +15,7 @@ from tg_tinker.server.records.tickets import Ticket, outcome_of
 from tg_tinker.server.training import tg_operations
 from tg_tinker.server.training.runs import Run
 from tg_tinker.types import arguments, checks, results
+from tg_tinker.types.batch import require_labels
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.wire import codec, digest, headers, tg
 
@@ -70,6 +71,8 @@ async def forward_backward(request: web.Request) -> web.Response:
     """Accept a pass."""
     run, engine = await _run(request), common.rooms_of(request).engine
     body = await common.read(request, tg.ForwardBackwardRequest, exact=True)
+    if run.privacy is None:  # with it, a refusal would tell what the examples are like
+        require_labels(body.batch)
     label = _batch_hash(run, body)
     ticket = await common.submit(
         request, run, "forward_backward", lambda t: tg_operations.forward_backward(run, engine, t, body, label)
