@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -46,17 +47,39 @@ def test_clipped_sums_equal_clipping_one_by_one(base: BaseModel, tmp_path: Path,
     assert output.num_tokens == sum(LENGTHS) - 2 * len(LENGTHS)
 
 
-def test_splitting_a_batch_over_calls_changes_nothing(base: BaseModel, tmp_path: Path) -> None:
-    """One pass over six rows, or three over parts of them: the same accumulator within 1e-12."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_splitting_a_batch_over_calls_changes_nothing(base: BaseModel, tmp_path: Path, dropout: float) -> None:
+    """One pass over six rows, or three over parts of them: the same accumulator within 1e-12, with dropout too."""
     rows = make_rows()
     sums = []
     for number, cuts in enumerate(([0, 6], [0, 1, 4, 6], [0, 3, 6])):
-        private = Private(make_trainer(base), tmp_path, f"run-{number}")
+        private = Private(make_trainer(base, dropout=dropout), tmp_path, f"run-{number}")
         for start, stop in itertools.pairwise(cuts):
             private.forward_backward(rows[start:stop])
         sums.append(gradient(private.trainer))
     for other in sums[1:]:
         assert torch.allclose(other, sums[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_example_changes_the_sum_by_the_bound_at_most(base: BaseModel, tmp_path: Path, dropout: float) -> None:
+    """Without any one example the sum lacks its clipped gradient and no more, whatever dropout does."""
+    rows, bound, sums = make_rows(), 0.05, []
+    for number, kept in enumerate([rows, *(rows[:gone] + rows[gone + 1 :] for gone in range(len(rows)))]):
+        private = Private(make_trainer(base, dropout=dropout), tmp_path, f"run-{number}", max_grad_norm=bound)
+        private.forward_backward(kept)
+        sums.append(gradient(private.trainer))
+    assert all(float((other - sums[0]).norm()) <= bound * (1 + 1e-9) for other in sums[1:])
+
+
+def test_dropout_differs_from_step_to_step(base: BaseModel, tmp_path: Path) -> None:
+    """The same rows at another step drop something else: the gathered sums differ though the weights do not."""
+    private, sums = Private(make_trainer(base, dropout=0.3), tmp_path), []
+    for private.trainer.step in (0, 1):
+        private.forward_backward(make_rows())
+        sums.append(gradient(private.trainer))
+        private.run.discard_gradients()
+    assert not torch.allclose(sums[0], sums[1], rtol=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing(base: BaseModel, tmp_path: Path) -> None:
@@ -70,10 +93,12 @@ def test_gradient_checkpointing_changes_nothing(base: BaseModel, tmp_path: Path)
     assert torch.allclose(sums[0], sums[1], rtol=0, atol=1e-12)
 
 
-def test_dropout_is_part_of_what_is_clipped(base: BaseModel, tmp_path: Path) -> None:
-    """With dropout a row's gradient is that of a plain pass with the same mask."""
-    rows = make_rows(lengths=(9,))
+def test_dropout_is_part_of_what_is_clipped(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, in a model's first pass too, a row's gradient is that of a plain pass over it alone."""
+    rows = make_rows()
+    monkeypatch.setattr("tg_tinker.engine.training.forward._PLAIN_HEAD", WeakKeyDictionary())
     expected, _ = one_by_one(base, rows, norm=0.05, dropout=0.3)
+    assert not torch.allclose(expected, one_by_one(base, rows, norm=0.05)[0], rtol=1e-3)
     private = Private(make_trainer(base, dropout=0.3), tmp_path)
     private.forward_backward(rows)
     assert torch.allclose(gradient(private.trainer), expected, rtol=0, atol=1e-12)

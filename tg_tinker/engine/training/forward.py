@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tg_tinker.engine.lora.adapters import active
 from tg_tinker.engine.training.losses import evaluate, rl_metrics
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ def _has_plain_head(base: BaseModel) -> bool:
         # Several tokens: the embedding of a padding token may be zero, and zero logits would tell nothing.
         tokens = torch.linspace(0, base.vocab_size - 1, 8, device=base.device).long().unsqueeze(0)
         head = cast("Head | None", base.model.get_output_embeddings())
-        with torch.no_grad():
+        with torch.no_grad(), active(base, None):  # the base alone: what an adapter drops is set for other tokens
             logits = cast("Callable[..., Any]", base.model)(input_ids=tokens, use_cache=False).logits
             _PLAIN_HEAD[base.model] = head is not None and torch.equal(head(hidden_states(base, tokens)), logits)
     return _PLAIN_HEAD[base.model]

@@ -73,11 +73,12 @@ class PrivateTraining:
     def attach(self, trainer: Trainer) -> None:
         """Let every training pass of this trainer clip its gradients by example.
 
+        Dropout by row keeps an example from changing the others' gradients: a mask drawn for the batch would shift.
         Raises ``InvalidRequestError`` where it trains more than an adapter: nothing would clip those gradients.
         """
         if trainer.adapter.saved:
             raise checks.refuse("modules_to_save", "nothing under differential privacy", list(trainer.adapter.saved))
-        trainer.per_example = self._recorder
+        trainer.per_example, trainer.dropout_by_row = self._recorder, True
 
     def admit(self, rows: Sequence[Row], loss_fn: str, *, step: int) -> None:
         """Refuse a pass that the budget, the loss or an example used twice forbids; nothing has changed then."""
