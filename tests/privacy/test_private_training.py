@@ -264,6 +264,16 @@ def test_losses_that_couple_examples_are_refused(base: BaseModel, tmp_path: Path
     assert not private.privacy.state()["examples"]
 
 
+def test_losses_that_are_not_means_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    """A sum over tokens, which losses of the caller's own are sent as, is no mean: refused, never quietly divided."""
+    private = Private(make_trainer(base), tmp_path)
+    with pytest.raises(InvalidRequestError, match="forward_backward_custom") as caught:
+        private.forward_backward(make_rows(), config={"skip_token_normalization": True})
+    assert caught.value.field == "loss_fn_config.skip_token_normalization"
+    assert not private.privacy.state()["examples"]
+    private.forward_backward(make_rows(), config={"skip_token_normalization": False})
+
+
 def rewarded(row: Row, **inputs: Any) -> Row:
     """Give a row what a policy loss reads: weights for all, log probabilities and advantages where it has labels."""
     length = len(row.tokens)

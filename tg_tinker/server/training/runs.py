@@ -128,7 +128,7 @@ class Run:
             yield from self.account()
             rows = read()
             if self.privacy is not None:
-                self.privacy.admit(rows, loss_fn, step=self.step + 1)
+                self.privacy.admit(rows, loss_fn, config, step=self.step + 1)
         # Whatever it is: nothing was added, and the step behind this pass must not be taken without it.
         except BaseException as error:
             self.passes.failed(ticket, error)
