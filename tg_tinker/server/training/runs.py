@@ -199,6 +199,10 @@ class Run:
         """The noisy releases that these weights rest on, and the private step in progress, for a checkpoint."""
         return {"ledger": list(self._carried.values())} if self.privacy is None else self.privacy.state()
 
+    def behind(self, state: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+        """The privacy state of a checkpoint of run ``origin``, with what was released after it was saved."""
+        return state if self.privacy is None else self.privacy.policy.behind(state, origin)
+
     def restore_privacy(self, state: Mapping[str, Any], *, with_step: bool) -> bool:
         """Take the releases behind a checkpoint's weights in: what was released stays released.
 
