@@ -61,27 +61,6 @@ def test_splitting_a_batch_over_calls_changes_nothing(base: BaseModel, tmp_path:
         assert torch.allclose(other, sums[0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_an_example_changes_the_sum_by_the_bound_at_most(base: BaseModel, tmp_path: Path, dropout: float) -> None:
-    """Without any one example the sum lacks its clipped gradient and no more, whatever dropout does."""
-    rows, bound, sums = make_rows(), 0.05, []
-    for number, kept in enumerate([rows, *(rows[:gone] + rows[gone + 1 :] for gone in range(len(rows)))]):
-        private = Private(make_trainer(base, dropout=dropout), tmp_path, f"run-{number}", max_grad_norm=bound)
-        private.forward_backward(kept)
-        sums.append(gradient(private.trainer))
-    assert all(float((other - sums[0]).norm()) <= bound * (1 + 1e-9) for other in sums[1:])
-
-
-def test_dropout_differs_from_step_to_step(base: BaseModel, tmp_path: Path) -> None:
-    """The same rows at another step drop something else: the gathered sums differ though the weights do not."""
-    private, sums = Private(make_trainer(base, dropout=0.3), tmp_path), []
-    for private.trainer.step in (0, 1):
-        private.forward_backward(make_rows())
-        sums.append(gradient(private.trainer))
-        private.run.discard_gradients()
-    assert not torch.allclose(sums[0], sums[1], rtol=1e-3)
-
-
 def test_gradient_checkpointing_changes_nothing(base: BaseModel, tmp_path: Path) -> None:
     """Layers that run forward twice are recorded once: the same sums, with dropout too."""
     sums = []

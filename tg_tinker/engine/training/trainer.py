@@ -223,11 +223,12 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             for index, values in zip(indices, scatter(chosen, outcome.logprobs.numpy()), strict=True):
                 logprobs[index] = values
-        if self.per_example is None:  # with it, what is not finite is left out, example by example
+        if self.per_example is None or not gradients:  # otherwise what is not finite is left out, example by example
             _check_finite(loss_sum, "forward_backward" if gradients else "forward")
         divisor = max(1, active) if self._normalises(config) else 1
         metrics = {"loss:sum": loss_sum, "num_tokens": float(active)}
         metrics |= {name: value / max(1, active) for name, value in sums.items()}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if config.get("skip_token_normalization"):
             metrics["skip_token_normalization"] = 1.0
         return PassOutput(loss_sum / divisor, loss_sum, active, logprobs, metrics)
@@ -241,7 +242,8 @@ class Trainer:
             stack.enter_context(adapters.active(self.base, self.adapter, dropout_seed=seed, recorder=recorder))
             if gradients and self.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.base))
-            outcome = forward.run(self.base, batch, loss, config, gradients=gradients)
+            left_out = recorder is not None
+            outcome = forward.run(self.base, batch, loss, config, gradients=gradients, finite_only=left_out)
             if recorder is not None:
                 recorder.finish(self.adapter)
             return outcome
