@@ -9,9 +9,11 @@ import pytest
 import torch
 from fixtures.private_runs import Private, finish, gradient, make_rows, make_trainer
 
+from tg_tinker.engine.lora.adapters import AdapterSpec
 from tg_tinker.engine.models.base_model import BaseModel
 from tg_tinker.engine.training.batching import Row
-from tg_tinker.errors import OperationFailedError
+from tg_tinker.engine.training.trainer import Trainer
+from tg_tinker.errors import InvalidRequestError, OperationFailedError
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -51,3 +53,13 @@ def test_an_example_that_is_not_finite_is_left_out(base: BaseModel, tmp_path: Pa
     assert losses[0] == pytest.approx(losses[1])
     with pytest.raises(OperationFailedError, match="not finite"):
         finish(private.trainer.forward([bad]))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_an_adapted_output_head_is_refused(base: BaseModel, tmp_path: Path, dropout: float) -> None:
+    """It sees the labelled positions of all rows at once: refused by name, and nothing stays of the pass."""
+    spec = AdapterSpec(rank=2, alpha=4.0, dropout=dropout, target_modules=("lm_head",))
+    private = Private(Trainer(base, spec, reduction="label_mean", seed=0), tmp_path)
+    with pytest.raises(InvalidRequestError, match="lm_head sees"):
+        private.forward_backward(make_rows())
+    assert not private.privacy.state()["examples"]

@@ -99,8 +99,9 @@ class LoRALinear(nn.Linear):
         if isinstance(seed, int):
             return _draw(x.shape, mix(seed, self.layer_index), keep, x.device)
         if x.ndim != 3 or len(x) != len(seed.seeds):
-            message = f"dropout by row needs one row at a time at every layer; {self.layer_name} sees {tuple(x.shape)}"
-            raise InvalidRequestError(message, field="dropout", constraint="0 for this model or these target_modules")
+            seen = f"{tuple(x.shape)} for {len(seed.seeds)} rows"
+            message = f"{self.layer_name} sees {seen}: what an example drops out cannot be told from the others"
+            raise InvalidRequestError(message, field="target_modules", constraint="layers that see one example per row")
         mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
         for row, own, length in zip(mask, seed.seeds, seed.lengths, strict=True):
             row[:length] = _draw(row[:length].shape, mix(own, self.layer_index), keep, x.device)
