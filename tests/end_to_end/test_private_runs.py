@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from fixtures.programs import BATCH, LOOPS_RANK, MODEL, datum, tg_config
 
-from tg_tinker import AdamParams, DPBudgetExceededError, DPConfig, InvalidRequestError, ServiceClient
+from tg_tinker import AdamParams, DPBudgetExceededError, DPConfig, ServiceClient
+from tg_tinker.errors import InvalidRequestError
 
 pytestmark = pytest.mark.timeout(240)
 
