@@ -56,7 +56,7 @@ class _Side:
 
         def work() -> None:
             if self.privacy is not None:
-                self.privacy.admit(rows, "cross_entropy", step=self.trainer.step + 1)
+                self.privacy.admit(rows, "cross_entropy", None, step=self.trainer.step + 1)
             for _ in self.trainer.forward_backward(rows):
                 pass
 

@@ -6,6 +6,7 @@ import pytest
 from fixtures.programs import BATCH, LOOPS_RANK, MODEL, datum, tg_config
 
 from tg_tinker import AdamParams, Datum, DPBudgetExceededError, DPConfig, ModelInput, ServiceClient, TensorData
+from tg_tinker.errors import InvalidRequestError
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -76,3 +77,11 @@ def test_the_loops_surface_is_private_too(service: ServiceClient) -> None:
     metrics = run.optim_step(AdamParams()).result(timeout=60).metrics
     assert metrics is not None
     assert metrics["epsilon"] > 0
+
+
+def test_a_loss_of_the_callers_own_is_refused(service: ServiceClient) -> None:
+    """Such a loss may tie examples together, so a private run takes none of it, and says so."""
+    run = service.create_lora_training_client(MODEL, LOOPS_RANK, dp_config={"expected_batch_size": 1})
+    passed = run.forward_backward_custom([datum()], lambda _, logprobs: (-sum(one.sum() for one in logprobs), {}))
+    with pytest.raises(InvalidRequestError, match="forward_backward_custom"):
+        passed.result(timeout=60)

@@ -169,6 +169,19 @@ def test_prv_survives_a_vanishing_sample_rate() -> None:
     assert 0.0 < spent(releases, 1e-5, "prv").epsilon <= spent(releases, 1e-5, "rdp").epsilon
 
 
+@pytest.mark.parametrize("delta", [1e-300, 1e-16, 0.5, 0.9999])
+def test_prv_survives_an_extreme_delta(delta: float) -> None:
+    """Where PRV cannot be computed the Rényi bound is given; no total is below zero."""
+    releases = {Mechanism(1.0, 0.01): 10}
+    assert 0.0 <= spent(releases, delta, "prv").epsilon <= spent(releases, delta, "rdp").epsilon
+
+
+def test_prv_composes_sampled_and_whole_batches() -> None:
+    """One release at rate 1 beside ten at rate 0.01 costs a hundredth at most beyond what a privacy loss grid gives."""
+    releases = {Mechanism(1.0, 1.0): 1, Mechanism(1.0, 0.01): 10}
+    assert 4.3819 < spent(releases, 1e-5, "prv").epsilon < 4.3819 + 0.011
+
+
 def test_opacus_is_imported_on_need_alone() -> None:
     """Accounting without sampling needs neither Opacus nor torch."""
     code = (

@@ -73,6 +73,22 @@ def test_uniting_only_ever_adds(tmp_path: Path) -> None:
     assert ledger.counts(and_then=Mechanism(2.0, 0.01)) == {Mechanism(1.1, 0.01): 4, Mechanism(2.0, 0.01): 2}
 
 
+def test_other_lineages_are_read_as_far_as_they_are_here(tmp_path: Path) -> None:
+    """What others released by now is found, but neither a torn line, nor one's own; a damaged ledger is an error."""
+    ledger, other = Ledger(tmp_path, "run-1"), Ledger(tmp_path, "run-2")
+    ledger.append(release(1))
+    assert ledger.others(["run-1", "run-2", "run-3"]) == []
+    other.append(release(2, lineage="run-2"))
+    assert ledger.others(["run-1", "run-2", "run-3"]) == [release(2, lineage="run-2")]
+    with other._path.open("ab") as file:
+        file.write(b'{"release_id": "r3", "lin')
+    assert len(ledger.others(["run-2"])) == 1
+    other._path.write_bytes(b"garbage\n")
+    with pytest.raises(ServerError, match="run-2 is damaged"):
+        ledger.others(["run-2"])
+    assert not (set(tmp_path.iterdir()) - {ledger._path, other._path})
+
+
 def test_an_append_is_synced_before_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line is on disk, synced, when append returns."""
     synced: list[int] = []

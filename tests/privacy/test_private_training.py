@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -46,12 +47,13 @@ def test_clipped_sums_equal_clipping_one_by_one(base: BaseModel, tmp_path: Path,
     assert output.num_tokens == sum(LENGTHS) - 2 * len(LENGTHS)
 
 
-def test_splitting_a_batch_over_calls_changes_nothing(base: BaseModel, tmp_path: Path) -> None:
-    """One pass over six rows, or three over parts of them: the same accumulator within 1e-12."""
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_splitting_a_batch_over_calls_changes_nothing(base: BaseModel, tmp_path: Path, dropout: float) -> None:
+    """One pass over six rows, or three over parts of them: the same accumulator within 1e-12, with dropout too."""
     rows = make_rows()
     sums = []
     for number, cuts in enumerate(([0, 6], [0, 1, 4, 6], [0, 3, 6])):
-        private = Private(make_trainer(base), tmp_path, f"run-{number}")
+        private = Private(make_trainer(base, dropout=dropout), tmp_path, f"run-{number}")
         for start, stop in itertools.pairwise(cuts):
             private.forward_backward(rows[start:stop])
         sums.append(gradient(private.trainer))
@@ -70,10 +72,12 @@ def test_gradient_checkpointing_changes_nothing(base: BaseModel, tmp_path: Path)
     assert torch.allclose(sums[0], sums[1], rtol=0, atol=1e-12)
 
 
-def test_dropout_is_part_of_what_is_clipped(base: BaseModel, tmp_path: Path) -> None:
-    """With dropout a row's gradient is that of a plain pass with the same mask."""
-    rows = make_rows(lengths=(9,))
+def test_dropout_is_part_of_what_is_clipped(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, in a model's first pass too, a row's gradient is that of a plain pass over it alone."""
+    rows = make_rows()
+    monkeypatch.setattr("tg_tinker.engine.training.forward._PLAIN_HEAD", WeakKeyDictionary())
     expected, _ = one_by_one(base, rows, norm=0.05, dropout=0.3)
+    assert not torch.allclose(expected, one_by_one(base, rows, norm=0.05)[0], rtol=1e-3)
     private = Private(make_trainer(base, dropout=0.3), tmp_path)
     private.forward_backward(rows)
     assert torch.allclose(gradient(private.trainer), expected, rtol=0, atol=1e-12)
@@ -237,6 +241,16 @@ def test_losses_that_couple_examples_are_refused(base: BaseModel, tmp_path: Path
         private.forward_backward(make_rows(), "dpo")
     assert caught.value.field == "loss_fn"
     assert not private.privacy.state()["examples"]
+
+
+def test_losses_that_are_not_means_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    """A sum over tokens, which losses of the caller's own are sent as, is no mean: refused, never quietly divided."""
+    private = Private(make_trainer(base), tmp_path)
+    with pytest.raises(InvalidRequestError, match="forward_backward_custom") as caught:
+        private.forward_backward(make_rows(), config={"skip_token_normalization": True})
+    assert caught.value.field == "loss_fn_config.skip_token_normalization"
+    assert not private.privacy.state()["examples"]
+    private.forward_backward(make_rows(), config={"skip_token_normalization": False})
 
 
 def rewarded(row: Row, **inputs: Any) -> Row:

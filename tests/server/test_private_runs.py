@@ -115,7 +115,7 @@ async def test_a_step_behind_a_refused_pass_says_that_the_budget_is_spent(real):
 
 
 async def test_the_ledger_is_never_rolled_back(real):
-    """Loading an older state, and starting a new client from it, keep every release that was made."""
+    """Loading an older state, and starting a new client from it, keep every release that was made by then."""
     run = await make(real)
     saved = []
     for row in (10, 20, 30):
@@ -127,11 +127,11 @@ async def test_the_ledger_is_never_rolled_back(real):
     assert loaded["step"] == 1
     assert (await real.get(f"{run}/privacy")).json["total_epsilon"] == spent
     heir = await make(real, checkpoint_id=saved[1])
-    assert (await real.get(f"{heir}/privacy")).json["steps"] == 2
+    assert (await real.get(f"{heir}/privacy")).json["steps"] == 3
     plain = await real.create(TINY, lora_config={"rank": 4, "dropout": 0.0}, checkpoint_id=saved[1])
     carried = (await real.post(f"{plain}/save_state")).json["artifact_id"]
     grandchild = await make(real, checkpoint_id=carried)
-    assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 2
+    assert (await real.get(f"{grandchild}/privacy")).json["steps"] == 3
 
 
 async def test_a_private_run_resumes_exactly_in_itself_alone(real):
@@ -159,7 +159,7 @@ async def test_a_private_run_resumes_exactly_in_itself_alone(real):
 
 
 async def test_the_ledger_outlives_the_server(serve, tmp_path):
-    """After a restart a client made from the checkpoint has spent what its weights had, and goes on from there."""
+    """After a restart a client made from a checkpoint has spent what its run had, also after the checkpoint."""
     engine = TorchEngine(home=tmp_path, threads=1)
     first = await serve(engine=engine)
     run = await make(first)
@@ -167,12 +167,12 @@ async def test_the_ledger_outlives_the_server(serve, tmp_path):
         await first.run(f"{run}/forward_backward", batch(row))
         await first.run(f"{run}/optim_step")
     saved = (await first.post(f"{run}/save_state")).json["artifact_id"]
-    spent = (await first.get(f"{run}/privacy")).json["total_epsilon"]
+    spent = (await first.run(f"{run}/optim_step"))["result"]["dp_metrics"]["total_epsilon"]
     await first.server.close()
     second = await serve(engine=engine)
     heir = await make(second, checkpoint_id=saved)
     report = (await second.get(f"{heir}/privacy")).json
-    assert (report["steps"], report["total_epsilon"]) == (2, spent)
+    assert (report["steps"], report["total_epsilon"]) == (3, spent)
     metrics = (await second.run(f"{heir}/optim_step"))["result"]["dp_metrics"]
     assert metrics["total_epsilon"] == pytest.approx(spent + metrics["epsilon_spent"])
     assert metrics["epsilon_spent"] > 0

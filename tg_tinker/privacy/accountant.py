@@ -126,7 +126,8 @@ def _rdp_at(mechanism: Mechanism, order: float) -> float:
 def _prv_epsilon(used: Mapping[Mechanism, int], delta: float) -> float:
     """Bound ε from above by composing privacy random variables (Gopi et al. 2021, arXiv:2106.02848).
 
-    Infinite, which bounds nothing, where the quadrature behind it does not converge (sample rates around 1e-7).
+    Infinite, which bounds nothing, where it cannot be computed: the quadrature behind it does not converge (sample
+    rates around 1e-7), or δ is lost in rounding (under about 1e-14, and near 1).
     """
     unreliable = importlib.import_module("scipy.integrate").IntegrationWarning
     accountant = _opacus("prv").PRVAccountant()
@@ -134,11 +135,14 @@ def _prv_epsilon(used: Mapping[Mechanism, int], delta: float) -> float:
     with warnings.catch_warnings():
         # It sizes its grid by a Rényi bound and warns that this one is loose, which only costs a larger grid.
         warnings.filterwarnings("ignore", message="Optimal order is the", category=UserWarning)
+        # A release at rate 1 among others: log(1 - rate) is minus infinity, as it should be.
+        warnings.filterwarnings("ignore", message="divide by zero", category=RuntimeWarning)
         warnings.simplefilter("error", unreliable)
         try:
-            return float(accountant.get_epsilon(delta, eps_error=PRV_ERROR))
-        except unreliable:
+            epsilon = float(accountant.get_epsilon(delta, eps_error=PRV_ERROR))
+        except (unreliable, ValueError, RuntimeError):
             return math.inf
+    return math.inf if math.isnan(epsilon) else max(0.0, epsilon)
 
 
 def _gdp_epsilon(used: Mapping[Mechanism, int], delta: float) -> float:

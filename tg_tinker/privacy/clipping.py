@@ -119,7 +119,7 @@ class ExampleClipper:
         if factors.inputs.ndim != 3 or factors.inputs.shape[0] != self._examples:
             message = (
                 f"differential privacy needs one example per row at every layer; {layer} sees "
-                f"{tuple(factors.inputs.shape)} for {self._examples} examples (a mixture of experts does that)"
+                f"{tuple(factors.inputs.shape)} for {self._examples} examples (experts, or an adapted output head)"
             )
             raise InvalidRequestError(message, field="dp_config")
         a, b = example_gradients(factors)

@@ -66,7 +66,7 @@ class Ledger:
 
     def __init__(self, folder: Path, lineage: str) -> None:
         self.lineage = lineage
-        self._path = folder / (hashlib.sha256(b"tg-tinker lineage\x00" + lineage.encode()).hexdigest()[:40] + ".jsonl")
+        self._path = _path_of(folder, lineage)
         self._releases: dict[str, Release] = {}
         self._unwritten: dict[str, Release] = {}
         self._good_bytes = 0
@@ -89,6 +89,14 @@ class Ledger:
                 self._releases[release.release_id] = self._unwritten[release.release_id] = release
         if self._unwritten:
             self._write()
+
+    def others(self, lineages: Iterable[str]) -> list[Release]:
+        """Give what other lineages have released by now, as far as their ledgers lie beside this one.
+
+        Raises ``ServerError`` where one is damaged.
+        """
+        paths = {lineage: _path_of(self._path.parent, lineage) for lineage in lineages if lineage != self.lineage}
+        return [one for lineage, path in paths.items() if path.exists() for one in _parsed(_whole_lines(path), lineage)]
 
     def has_step(self, step: int) -> bool:
         """Tell whether this lineage released something as that step before."""
@@ -115,14 +123,9 @@ class Ledger:
         if not self._path.exists():
             self._create()
             return
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = _whole_lines(self._path)
         self._good_bytes = len(whole)
-        try:
-            releases = [Release.from_dict(json.loads(line)) for line in whole.splitlines()]
-        except ValueError as error:
-            raise ServerError(f"the privacy ledger of {self.lineage} is damaged; ε cannot be known") from error
-        self._releases = {release.release_id: release for release in releases}
+        self._releases = {release.release_id: release for release in _parsed(whole, self.lineage)}
 
     def _write(self) -> None:
         """Append what is not on disk yet, over whatever a failed attempt left behind the good part."""
@@ -144,3 +147,19 @@ class Ledger:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _path_of(folder: Path, lineage: str) -> Path:
+    return folder / (hashlib.sha256(b"tg-tinker lineage\x00" + lineage.encode()).hexdigest()[:40] + ".jsonl")
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parsed(lines: bytes, lineage: str) -> list[Release]:
+    try:
+        return [Release.from_dict(json.loads(line)) for line in lines.splitlines()]
+    except ValueError as error:
+        raise ServerError(f"the privacy ledger of {lineage} is damaged; ε cannot be known") from error

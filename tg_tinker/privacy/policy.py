@@ -195,6 +195,17 @@ class RunPrivacy:
             "counters": attrs.asdict(self._counters),
         }
 
+    def behind(self, state: Mapping[str, Any], origin: str) -> dict[str, Any]:
+        """Complete the ledger of a checkpoint of run ``origin`` by what the runs behind it released after it was saved.
+
+        Raises ``InvalidRequestError`` or ``ServerError`` where a ledger does not read. From any thread.
+        """
+        saved = [Release.from_dict(fields) for fields in state["ledger"]]
+        known = {release.release_id for release in saved}
+        lineages = sorted({origin, *(release.lineage for release in saved)})
+        later = [attrs.asdict(one) for one in self.ledger.others(lineages) if one.release_id not in known]
+        return {**state, "ledger": [*state["ledger"], *later]}
+
     def restore(self, state: Mapping[str, Any], *, with_step: bool) -> None:
         """Unite a checkpoint's ledger with this one: what was released stays released.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tg_tinker.engine.lora import saved_modules
-from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, layers_of
+from tg_tinker.engine.lora.lora_linear import Binding, GradientRecorder, RowSeeds, layers_of
 from tg_tinker.engine.lora.saved_modules import matches
 from tg_tinker.engine.requirements import require
 from tg_tinker.errors import InvalidRequestError
@@ -182,7 +182,7 @@ def active(
     base: BaseModel,
     adapter: Adapter | FrozenAdapter | None,
     *,
-    dropout_seed: int | None = None,
+    dropout_seed: int | RowSeeds | None = None,
     recorder: GradientRecorder | None = None,
 ) -> Generator[None]:
     """Bind ``adapter`` for the passes inside the block; ``None`` means the base model alone.

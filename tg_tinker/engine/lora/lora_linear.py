@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from tg_tinker.errors import InvalidRequestError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-__all__ = ["Binding", "GradientFactors", "GradientRecorder", "LoRALinear", "install", "layers_of", "mix"]
+__all__ = ["Binding", "GradientFactors", "GradientRecorder", "LoRALinear", "RowSeeds", "install", "layers_of", "mix"]
 
 _MASK_64 = (1 << 64) - 1
 _LAYERS: WeakKeyDictionary[nn.Module, Mapping[str, LoRALinear]] = WeakKeyDictionary()
@@ -45,6 +47,14 @@ class GradientFactors:
     scale: float
 
 
+@attrs.frozen
+class RowSeeds:
+    """A dropout seed for each row of a micro-batch: what a row drops then does not depend on the rows beside it."""
+
+    seeds: tuple[int, ...]
+    lengths: tuple[int, ...]  # tokens: padding draws nothing
+
+
 @attrs.frozen(eq=False)
 class Binding:
     """One adapter's tensors at one layer, for as long as it is active."""
@@ -53,7 +63,7 @@ class Binding:
     b: Tensor  # (out, rank)
     scale: float
     dropout: float = 0.0
-    dropout_seed: int | None = None  # None: no dropout
+    dropout_seed: int | RowSeeds | None = None  # None: no dropout
     recorder: GradientRecorder | None = None
 
 
@@ -78,14 +88,24 @@ class LoRALinear(nn.Linear):
         return _apply_lora(input, binding.a, binding.b, self).view(*input.shape[:-1], self.out_features)
 
     def draw_mask(self, x: Tensor) -> Tensor | None:
-        """Draw the dropout mask from (seed, layer) alone, so that a recomputed forward draws the same one."""
+        """Draw the dropout mask from (seed, layer) alone, so that a recomputed forward draws the same one.
+
+        Raises ``InvalidRequestError`` where rows have seeds of their own and the layer does not see them as such.
+        """
         binding = self.binding
         if binding is None or binding.dropout_seed is None or binding.dropout == 0.0:
             return None
-        generator = torch.Generator(device=x.device)
-        generator.manual_seed(mix(binding.dropout_seed, self.layer_index))
-        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        return mask.bernoulli_(1.0 - binding.dropout, generator=generator)
+        keep, seed = 1.0 - binding.dropout, binding.dropout_seed
+        if isinstance(seed, int):
+            return _draw(x.shape, mix(seed, self.layer_index), keep, x.device)
+        if x.ndim != 3 or len(x) != len(seed.seeds):
+            seen = f"{tuple(x.shape)} for {len(seed.seeds)} rows"
+            message = f"{self.layer_name} sees {seen}: what an example drops out cannot be told from the others"
+            raise InvalidRequestError(message, field="target_modules", constraint="layers that see one example per row")
+        mask = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+        for row, own, length in zip(mask, seed.seeds, seed.lengths, strict=True):
+            row[:length] = _draw(row[:length].shape, mix(own, self.layer_index), keep, x.device)
+        return mask
 
 
 class LoRAConv1D(LoRALinear):
@@ -138,6 +158,11 @@ class _LoRAFunction(torch.autograd.Function):
 
 
 _apply_lora = cast("Callable[[Tensor, Tensor, Tensor, LoRALinear], Tensor]", _LoRAFunction.apply)
+
+
+def _draw(shape: torch.Size, seed: int, keep: float, device: torch.device) -> Tensor:
+    generator = torch.Generator(device=device).manual_seed(seed)
+    return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(keep, generator=generator)
 
 
 def _input_grad(grad: Tensor, hidden_grad: Tensor, weight: Tensor, a: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tg_tinker.engine.lora.adapters import active
 from tg_tinker.engine.training.losses import evaluate, rl_metrics
 
 if TYPE_CHECKING:
@@ -42,13 +43,18 @@ class Outcome:
     metric_sums: Mapping[str, float]
 
 
-def run(base: BaseModel, batch: MicroBatch, loss: Loss, config: Config, *, gradients: bool) -> Outcome:
-    """Compute loss and target logprobs of ``batch``; with ``gradients``, add those of the summed loss to ``grad``."""
+def run(
+    base: BaseModel, batch: MicroBatch, loss: Loss, config: Config, *, gradients: bool, finite_only: bool = False
+) -> Outcome:
+    """Compute loss and target logprobs of ``batch``; with ``gradients``, add those of the summed loss to ``grad``.
+
+    ``finite_only`` leaves losses that are not finite out of the sum that is told, not out of the gradients.
+    """
     with nullcontext() if gradients else torch.no_grad():
         states, head = _labelled_states(base, batch)
         size = max(1, _LOGITS_AT_ONCE // base.vocab_size)
         chunks = [slice(start, start + size) for start in range(0, max(1, len(states)), size)]
-        head_pass = _HeadPass(states, head, chunks, batch, loss, config)
+        head_pass = _HeadPass(states, head, chunks, batch, loss, config, finite_only)
         loss_sum, logprobs = head_pass.by_chunk() if loss.rows_per_unit == 1 else head_pass.at_once()
     metrics = rl_metrics(loss, logprobs, batch.inputs, config, batch.mask) if loss.is_rl else {}
     return Outcome(loss_sum, logprobs.to("cpu", torch.float32), metrics)
@@ -91,6 +97,7 @@ class _HeadPass:
     batch: MicroBatch
     loss: Loss
     config: Config
+    finite_only: bool
 
     def by_chunk(self) -> tuple[float, Tensor]:
         """Finish each chunk, gradient included, before the next one's logits exist: for sums over positions."""
@@ -100,11 +107,12 @@ class _HeadPass:
             leaf = self.states[chunk].detach().requires_grad_(gradients)
             inputs = {name: value[chunk] for name, value in self.batch.inputs.items() if name != "lengths"}
             values = target_logprobs(self.head(leaf), self.batch.targets[chunk], inputs.get("temperatures"))
-            chunk_loss = evaluate(self.loss, values, inputs, self.config, self.batch.mask[chunk]).sum()
+            token_losses = evaluate(self.loss, values, inputs, self.config, self.batch.mask[chunk])
+            chunk_loss = token_losses.sum()
             if gradients:
                 chunk_loss.backward()
                 state_grads.append(cast("Tensor", leaf.grad))
-            losses.append(chunk_loss.detach())
+            losses.append(_finite_sum(token_losses.detach()) if self.finite_only else chunk_loss.detach())
             logprobs.append(values.detach())
         if gradients and self.states.requires_grad:
             self.states.backward(torch.cat(state_grads))
@@ -134,10 +142,14 @@ def _has_plain_head(base: BaseModel) -> bool:
         # Several tokens: the embedding of a padding token may be zero, and zero logits would tell nothing.
         tokens = torch.linspace(0, base.vocab_size - 1, 8, device=base.device).long().unsqueeze(0)
         head = cast("Head | None", base.model.get_output_embeddings())
-        with torch.no_grad():
+        with torch.no_grad(), active(base, None):  # the base alone: what an adapter drops is set for other tokens
             logits = cast("Callable[..., Any]", base.model)(input_ids=tokens, use_cache=False).logits
             _PLAIN_HEAD[base.model] = head is not None and torch.equal(head(hidden_states(base, tokens)), logits)
     return _PLAIN_HEAD[base.model]
+
+
+def _finite_sum(values: Tensor) -> Tensor:
+    return values.where(values.isfinite(), 0.0).sum(dtype=torch.float64)
 
 
 def _identity(logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ micro-batches there are depends on the request alone. Not here: the order of ope
 
 from __future__ import annotations
 
+import hashlib
 import math
 import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 
 from tg_tinker.engine import memory
 from tg_tinker.engine.lora import adapters
-from tg_tinker.engine.lora.lora_linear import mix
+from tg_tinker.engine.lora.lora_linear import RowSeeds, mix
 from tg_tinker.engine.training import forward, run_state
 from tg_tinker.engine.training.batching import plan
 from tg_tinker.engine.training.checkpointing import checkpointed, require_support
@@ -80,6 +81,7 @@ class Trainer:
     ``reduction`` says what a step's gradient is: the mean over the active tokens gathered since the last step
     (``token_mean``; ``label_mean`` is TG's name for it) or their sum. ``micro_batch_tokens`` bounds a micro-batch,
     padding included; by default it follows from the model's size. ``per_example`` takes over each one's gradients.
+    With ``dropout_by_row`` what a row drops follows from seed, step and its own tokens, whatever else is in the batch.
     """
 
     def __init__(
@@ -113,6 +115,7 @@ class Trainer:
         self.gradients = GradientSum(self.adapter.parameter_dict())
         self.optimizer = Optimizer(self.adapter.parameter_dict())
         self.per_example: Callable[[MicroBatch], ExampleGradients] | None = None
+        self.dropout_by_row = False
 
     def __repr__(self) -> str:
         """Base model, adapter and step."""
@@ -214,40 +217,52 @@ class Trainer:
                 yield
             chosen = [rows[index] for index in indices]
             batch = collate(chosen, loss, device=self.base.device, dtype=self.adapter.dtype)
-            outcome = self._micro_batch(batch, loss, config, gradients=gradients)
+            seed = self._dropout_seed(chosen) if gradients else None
+            outcome = self._micro_batch(batch, loss, config, gradients=gradients, seed=seed)
             loss_sum += outcome.loss_sum
             active += batch.active if loss.rows_per_unit == 1 else len(chosen) // loss.rows_per_unit
             for name, value in outcome.metric_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
             for index, values in zip(indices, scatter(chosen, outcome.logprobs.numpy()), strict=True):
                 logprobs[index] = values
-        if self.per_example is None:  # with it, what is not finite is left out, example by example
+        if self.per_example is None or not gradients:  # otherwise what is not finite is left out, example by example
             _check_finite(loss_sum, "forward_backward" if gradients else "forward")
         divisor = max(1, active) if self._normalises(config) else 1
         metrics = {"loss:sum": loss_sum, "num_tokens": float(active)}
         metrics |= {name: value / max(1, active) for name, value in sums.items()}
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if config.get("skip_token_normalization"):
             metrics["skip_token_normalization"] = 1.0
         return PassOutput(loss_sum / divisor, loss_sum, active, logprobs, metrics)
 
-    def _micro_batch(self, batch: MicroBatch, loss: Loss, config: Config, *, gradients: bool) -> Outcome:
+    def _micro_batch(
+        self, batch: MicroBatch, loss: Loss, config: Config, *, gradients: bool, seed: int | RowSeeds | None
+    ) -> Outcome:
         recorder = self.per_example(batch) if gradients and self.per_example is not None else None
         with ExitStack() as stack:
             stack.enter_context(_typed_failures("forward_backward" if gradients else "forward"))
-            seed = self._next_dropout_seed() if gradients else None
             stack.enter_context(adapters.active(self.base, self.adapter, dropout_seed=seed, recorder=recorder))
             if gradients and self.gradient_checkpointing:
                 stack.enter_context(checkpointed(self.base))
-            outcome = forward.run(self.base, batch, loss, config, gradients=gradients)
+            left_out = recorder is not None
+            outcome = forward.run(self.base, batch, loss, config, gradients=gradients, finite_only=left_out)
             if recorder is not None:
                 recorder.finish(self.adapter)
             return outcome
 
-    def _next_dropout_seed(self) -> int | None:
+    def _dropout_seed(self, rows: Sequence[Row]) -> int | RowSeeds | None:
         if not self.adapter.spec.dropout:
             return None
+        if self.dropout_by_row:
+            seeds = tuple(_row_seed(row, mix(self.seed, self.step)) for row in rows)
+            return RowSeeds(seeds, tuple(len(row.tokens) for row in rows))
         self.dropout_counter += 1
         return mix(self.seed, self.dropout_counter)
+
+
+def _row_seed(row: Row, seed: int) -> int:
+    digest = hashlib.blake2b(row.tokens.tobytes(), digest_size=8, key=seed.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _tokens_at_once(base: BaseModel) -> int:

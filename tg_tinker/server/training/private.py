@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from tg_tinker.privacy.policy import RunPrivacy
 
 PAIRED_LOSSES = ("dpo",)
+_NO_SUMS = (
+    "loss_fn_config.skip_token_normalization: under differential privacy a loss is the mean over an example's tokens; "
+    "a loss of your own (forward_backward_custom) could make one example's part depend on another's, and is refused"
+)
 
 
 class PrivateTraining:
@@ -73,18 +77,21 @@ class PrivateTraining:
     def attach(self, trainer: Trainer) -> None:
         """Let every training pass of this trainer clip its gradients by example.
 
+        Dropout by row keeps an example from changing the others' gradients: a mask drawn for the batch would shift.
         Raises ``InvalidRequestError`` where it trains more than an adapter: nothing would clip those gradients.
         """
         if trainer.adapter.saved:
             raise checks.refuse("modules_to_save", "nothing under differential privacy", list(trainer.adapter.saved))
-        trainer.per_example = self._recorder
+        trainer.per_example, trainer.dropout_by_row = self._recorder, True
 
-    def admit(self, rows: Sequence[Row], loss_fn: str, *, step: int) -> None:
+    def admit(self, rows: Sequence[Row], loss_fn: str, config: Mapping[str, Any] | None, *, step: int) -> None:
         """Refuse a pass that the budget, the loss or an example used twice forbids; nothing has changed then."""
         spec = spec_of(loss_fn)
         if loss_fn in PAIRED_LOSSES:
             message = f"loss_fn: {loss_fn} compares two examples, and differential privacy here protects single ones"
             raise InvalidRequestError(message, field="loss_fn", constraint="a loss of single examples")
+        if config and config.get("skip_token_normalization"):
+            raise InvalidRequestError(_NO_SUMS, field="loss_fn_config.skip_token_normalization", constraint="False")
         names = {*spec.required, *spec.optional} - {"target_tokens"}
         self.policy.admit([_as_read(row, names) for row in rows], step=step)
 

@@ -128,7 +128,7 @@ class Run:
             yield from self.account()
             rows = read()
             if self.privacy is not None:
-                self.privacy.admit(rows, loss_fn, step=self.step + 1)
+                self.privacy.admit(rows, loss_fn, config, step=self.step + 1)
         # Whatever it is: nothing was added, and the step behind this pass must not be taken without it.
         except BaseException as error:
             self.passes.failed(ticket, error)
@@ -198,6 +198,10 @@ class Run:
     def privacy_state(self) -> dict[str, Any]:
         """The noisy releases that these weights rest on, and the private step in progress, for a checkpoint."""
         return {"ledger": list(self._carried.values())} if self.privacy is None else self.privacy.state()
+
+    def behind(self, state: Mapping[str, Any], origin: str) -> Mapping[str, Any]:
+        """The privacy state of a checkpoint of run ``origin``, with what was released after it was saved."""
+        return state if self.privacy is None else self.privacy.policy.behind(state, origin)
 
     def restore_privacy(self, state: Mapping[str, Any], *, with_step: bool) -> bool:
         """Take the releases behind a checkpoint's weights in: what was released stays released.

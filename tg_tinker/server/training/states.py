@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -69,8 +70,9 @@ def load(
     check_origin(run, loaded.record, made)
     counters = {key: value for key, value in loaded.counters.items() if key != KEY}
     complete = with_optimizer and bool(made["optimizer"])
-    yield from run.account(made["privacy"])
-    going_on = run.restore_privacy(made["privacy"], with_step=complete)
+    privacy = yield Offline(partial(run.behind, made["privacy"], loaded.record.run_id))
+    yield from run.account(privacy)
+    going_on = run.restore_privacy(privacy, with_step=complete)
     try:
         reasons = run.trainer.load(engine.state(loaded.tensors, counters), with_optimizer=complete)
     except BaseException:  # whatever it was: the releases are united by now, and the step in progress is forgotten
