@@ -10,6 +10,8 @@ from fixtures.programs import MODEL, datum
 
 from tg_tinker import AdamParams, InvalidRequestError, ServiceClient, loops
 
+pytestmark = pytest.mark.timeout(240)
+
 
 class Listed:
     """A tracker that keeps what it is told."""
