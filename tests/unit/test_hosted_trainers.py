@@ -15,8 +15,6 @@ from aiohttp.test_utils import TestServer
 from tg_tinker import ServerError, ServiceClient, loops
 from tg_tinker.loops import hosted
 
-pytestmark = pytest.mark.timeout(60)
-
 
 @attrs.define(eq=False)
 class Plane:
