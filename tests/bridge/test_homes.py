@@ -135,10 +135,16 @@ def test_ctrl_c_inside_work_ends_the_users_own_loop() -> None:
         asyncio.run(main())
 
 
-def test_guests_are_closed_with_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is still open when the loop ends is closed there."""
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop thread has as long for its end as a busy machine may need."""
     for budget in ("STOP_BUDGET", "_CLOSE_BUDGET"):
-        monkeypatch.setattr(loop_thread, budget, 30.0)  # which a busy machine may need
+        monkeypatch.setattr(loop_thread, budget, 30.0)
+
+
+@pytest.mark.usefixtures("patient")
+def test_guests_are_closed_with_the_thread() -> None:
+    """What is still open when the loop ends is closed there."""
     home, guest, gone = ThreadHome(), Guest(), Guest()
     home.run(give(1))
     home.host(guest)
@@ -176,6 +182,31 @@ def _once_refused(call_soon: object) -> object:
         return bool(call_soon(self, function, *args))  # type: ignore[operator]
 
     return call
+
+
+@pytest.mark.usefixtures("patient")
+def test_the_next_thread_begins_when_the_last_has_ended() -> None:
+    """What was open on the one is closed there before anything happens on the other, where it may be opened again."""
+    home, log = ThreadHome(), list[str]()
+
+    class Slow(Guest):
+        async def disconnect(self) -> None:
+            await asyncio.sleep(0.1)
+            log.append("closed")
+
+    def leave() -> None:
+        raise SystemExit(4)
+
+    async def use() -> None:
+        log.append("used")
+
+    home.run(give(1))
+    home.host(Slow())
+    home.call_soon(leave)
+    while not bridge._shared.thread.ended:  # type: ignore[union-attr]
+        threading.Event().wait(0.001)
+    home.run(use())
+    assert log == ["closed", "used"]
 
 
 def test_a_finished_thread_takes_no_calls() -> None:
