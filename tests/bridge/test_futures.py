@@ -80,8 +80,10 @@ def test_very_long_waits_are_waits(threaded: ThreadedServer, toy: Toy, timeout: 
     """Times beyond what the platform counts do not overflow."""
     threaded.script.held.add("forward_backward")
     future = toy.forward_backward([1])
-    threading.Timer(0.1, lambda: threaded.release("forward_backward")).start()
+    later = threading.Timer(0.1, lambda: threaded.release("forward_backward"))
+    later.start()
     assert future.result(timeout=timeout) == Numbered(1)
+    later.join()
 
 
 def test_looking_does_not_block_and_comes_to_an_end(threaded: ThreadedServer, toy: Toy) -> None:
