@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads collapse where other work shares the cores
 sys.path.append(str(Path(__file__).parent))  # so that `fixtures` can be imported from every test
@@ -20,7 +21,13 @@ from fixtures.server import ThreadedServer, threaded_server  # needs the path ab
 
 from tg_tinker import bridge
 
-GRACE = 3.0  # seconds that what a test started may take to wind down
+GRACE = 20.0  # seconds that what a test started may take to wind down on a busy machine
+
+# Property tests take the time they take, draw the same examples on every machine, and leave no files behind.
+settings.register_profile(
+    "house", deadline=None, database=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("house")
 
 
 @pytest.fixture(autouse=True)

@@ -259,7 +259,7 @@ class _Shared:
             if self.over:
                 raise ClientClosedError("the interpreter is shutting down")
             if self.thread is None or self.thread.ended:
-                self.thread = LoopThread()
+                self.thread = LoopThread(self.thread)
                 self.thread.start()
             return self.thread
 

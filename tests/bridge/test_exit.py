@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -15,11 +16,11 @@ from fixtures.server import ThreadedServer
 
 Run = Callable[..., Ended]
 Start = Callable[..., "subprocess.Popen[str]"]
-QUICK = 2.0
+QUICK = 20.0  # seconds: less than a poll is held, which is what a program must not wait for
 
 
 def quiet(ended: Ended, code: int = 0) -> None:
-    """It ended within two seconds, with its code, and said nothing on stderr."""
+    """It waited for nothing at its end, had its code, and said nothing on stderr."""
     assert ended.err == ""
     assert ended.code == code
     assert ended.seconds < QUICK
@@ -143,14 +144,13 @@ def test_ctrl_c_leaves_result_and_not_the_operation(threaded: ThreadedServer, st
     """)
     assert program.stdout is not None
     assert program.stdout.readline() == "waiting\n"
-    time.sleep(0.3)
-    started = time.monotonic()
+    while not threaded.script.polls():
+        time.sleep(0.01)
     program.send_signal(signal.SIGINT)
     assert program.stdout.readline() == "interrupted\n"
-    assert time.monotonic() - started < QUICK
     threaded.release("forward_backward")
     assert program.stdout.readline() == "1\n"
-    _, err = program.communicate(timeout=10)
+    _, err = program.communicate(timeout=30)
     assert (program.returncode, err) == (0, "")
 
 
@@ -172,7 +172,7 @@ def test_ctrl_c_in_a_direct_call_takes_it_back(threaded: ThreadedServer, start_p
         time.sleep(0.01)
     program.send_signal(signal.SIGINT)
     assert program.stdout.readline() == "interrupted\n"
-    _, err = program.communicate(timeout=10)
+    _, err = program.communicate(timeout=30)
     assert (program.returncode, err) == (0, "")
     assert threaded.script.operations["fut-1"].status == "cancelled"
 
@@ -182,7 +182,8 @@ def test_ctrl_c_during_a_submit_leaves_it_to_itself(threaded: ThreadedServer, st
     """The acceptance is not awaited, the submit goes on, and the next one is not held up."""
     from fixtures import faults
 
-    threaded.script.faults["forward_backward"].append(faults.late(1.0))
+    go_on = asyncio.Event()
+    threaded.script.faults["forward_backward"].append(faults.until(go_on))
     program = start_program("""
         print("submitting", flush=True)
         try:
@@ -198,8 +199,9 @@ def test_ctrl_c_during_a_submit_leaves_it_to_itself(threaded: ThreadedServer, st
         time.sleep(0.01)
     program.send_signal(signal.SIGINT)
     assert program.stdout.readline() == "interrupted\n"
+    threaded.loop.call_soon_threadsafe(go_on.set)
     assert program.stdout.readline() == "2 [<OperationFuture forward_backward fut-1: pending>]\n"
-    _, err = program.communicate(timeout=10)
+    _, err = program.communicate(timeout=30)
     assert program.returncode == 0
     assert "was accepted by the server though its caller had been cancelled" in err
 
@@ -211,5 +213,5 @@ def test_a_terminated_program_ends(threaded: ThreadedServer, start_program: Star
     assert program.stdout is not None
     assert program.stdout.readline() == "up\n"
     program.terminate()
-    program.communicate(timeout=5)
+    program.communicate(timeout=30)
     assert program.returncode == -signal.SIGTERM

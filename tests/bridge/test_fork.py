@@ -24,16 +24,16 @@ def test_a_child_trains_a_step_beside_its_parent(threaded: ThreadedServer, run_p
     ended = run_program(f"""
         import os, sys, warnings
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # newer Pythons warn of any fork beside threads
-        toy.forward_backward([1]).result(10)
+        toy.forward_backward([1]).result(30)
         child = os.fork()
         if child == 0:
-            print("child", toy.forward_backward([2]).result(10).number, toy.sample("x").number, flush=True)
-            print("steps", toy.optim_step().result(10).number > 0, toy.steps, flush=True)
+            print("child", toy.forward_backward([2]).result(30).number, toy.sample("x").number, flush=True)
+            print("steps", toy.optim_step().result(30).number > 0, toy.steps, flush=True)
             {leave}
         else:
             _, status = os.waitpid(child, 0)
             print("status", status)
-            print("parent", toy.forward_backward([3]).result(10).number)
+            print("parent", toy.forward_backward([3]).result(30).number)
             print("health", toy.health())
             toy.close()
     """)
@@ -54,12 +54,12 @@ def test_a_child_beside_pending_work(threaded: ThreadedServer, run_program: Run)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         pending = toy.optim_step()
         results = []
-        waiting = threading.Thread(target=lambda: results.append(pending.result(20).number))
+        waiting = threading.Thread(target=lambda: results.append(pending.result(30).number))
         waiting.start()
         time.sleep(0.2)
         child = os.fork()
         if child == 0:
-            toy.forward_backward([2]).result(10)
+            toy.forward_backward([2]).result(30)
             sys.exit(0)
         _, status = os.waitpid(child, 0)
         print("status", status, pending.cancel(), toy.health())
@@ -76,7 +76,7 @@ def test_inherited_futures_say_where_they_belong(threaded: ThreadedServer, run_p
         import os, warnings
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         done, pending = toy.forward_backward([1]), toy.optim_step()
-        done.result(10)
+        done.result(30)
         child = os.fork()
         if child == 0:
             print(done.result().number, pending.done(), pending.status, flush=True)
@@ -128,12 +128,12 @@ def test_multiprocessing_children_train_too(threaded: ThreadedServer, run_progra
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         toy.health()
         def work(number):
-            return toy.forward_backward([number]).result(10).number
+            return toy.forward_backward([number]).result(30).number
         with multiprocessing.get_context("fork").Pool(2) as pool:
             print(sorted(pool.map(work, range(6))))
             pool.close()
             pool.join()
-        print(toy.forward_backward([9]).result(10).number)
+        print(toy.forward_backward([9]).result(30).number)
         toy.close()
     """)
     assert ended.err == ""

@@ -22,7 +22,6 @@ SERVE = [sys.executable, "-W", "error", "-m", "tg_tinker.cli", "serve"]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_serves_until_it_is_interrupted(tmp_path: Path) -> None:
     """The printed address answers, Ctrl-C ends it with 0, and nothing is said that is no news."""
     with subprocess.Popen(
@@ -35,11 +34,11 @@ def test_serves_until_it_is_interrupted(tmp_path: Path) -> None:
         assert server.stdout is not None
         assert server.stderr is not None
         url = server.stdout.readline().split()[2].rstrip(";")
-        with urllib.request.urlopen(f"{url}/healthz", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/healthz", timeout=60) as answer:
             assert answer.status == 200
             json.load(answer)
         server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        assert server.wait(60) == 0
         assert server.stderr.read() == f"export TG_TINKER_BASE_URL={url}\n"
 
 
@@ -68,14 +67,12 @@ def refusal(*options: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_other_machines_are_not_served_without_a_key(tmp_path: Path) -> None:
     """An address that others can reach is refused, with the reason."""
     assert "no usable API key" in refusal("--host", "0.0.0.0", "--home", str(tmp_path))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(120)
 def test_a_taken_port_is_told(tmp_path: Path) -> None:
     """A port that somebody else listens on is an error of one line that says what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

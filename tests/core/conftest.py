@@ -25,7 +25,7 @@ async def leaves_no_task() -> AsyncIterator[None]:
     before = asyncio.all_tasks()
     yield
     left: set[object] = set()
-    for _ in range(100):
+    for _ in range(1000):
         left = {*asyncio.all_tasks()} - before - {asyncio.current_task()}
         if not left:
             return

@@ -17,6 +17,12 @@ from tg_tinker.core.reply import Reply
 from tg_tinker.core.run import RunCore
 
 
+async def on_its_way(server: ScriptedServer) -> None:
+    """Wait until the server has met the fault that the next ``forward_backward`` is to meet."""
+    while server.faults["forward_backward"]:
+        await asyncio.sleep(0.01)
+
+
 async def test_program_order_is_server_order_also_under_retries(server: ScriptedServer, either: Toy) -> None:
     """A submit that has to be retried holds up those behind it."""
     server.faults["forward_backward"].extend([faults.reset(), faults.status(503), faults.late(0.05)])
@@ -132,15 +138,17 @@ async def test_cancel_tells_the_truth(server: ScriptedServer, either: Toy) -> No
 async def test_cancel_during_the_submit_waits_for_the_answer(server: ScriptedServer, toy: Toy) -> None:
     """A submit on its way is cancelled once it has a ticket; one that is refused is not."""
     server.held.add("forward_backward")
-    server.faults["forward_backward"].append(faults.late(0.05))
-    future = toy.forward_backward([1])
-    await asyncio.sleep(0.02)
-    assert await future.cancel_async()
-    server.faults["forward_backward"].append(faults.after(0.1, faults.status(422)))
-    refused = toy.forward_backward([1])
-    await asyncio.sleep(0.02)
-    assert not await refused.cancel_async()
-    assert refused.is_failed()
+    for answers, cancelled in ((faults.until, True), (lambda event: faults.after(event, faults.status(422)), False)):
+        gate = asyncio.Event()
+        server.faults["forward_backward"].append(answers(gate))
+        future = toy.forward_backward([1])
+        await on_its_way(server)
+        cancelling = asyncio.create_task(future.cancel_async())
+        await asyncio.sleep(0.02)
+        assert not cancelling.done()
+        gate.set()
+        assert await cancelling is cancelled
+        assert future.is_failed()
 
 
 async def test_a_cancelled_operation_found_by_a_poll_is_cancelled(server: ScriptedServer, either: Toy) -> None:
@@ -157,12 +165,14 @@ async def test_cancelling_a_submit_in_flight_leaves_no_hole(
     server: ScriptedServer, toy: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The POST goes on without its caller, the next one is not held up, and close names the orphan."""
-    server.faults["forward_backward"].append(faults.late(0.05))
+    gate = asyncio.Event()
+    server.faults["forward_backward"].append(faults.until(gate))
     submitting = asyncio.ensure_future(toy.forward_backward_async([1]))
-    await asyncio.sleep(0.02)
+    await on_its_way(server)
     submitting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await submitting
+    gate.set()
     await toy.optim_step()
     assert server.order() == ["forward_backward", "optim_step"]
     with caplog.at_level(logging.WARNING, "tg_tinker.core"):
@@ -174,9 +184,11 @@ async def test_an_orphan_that_was_looked_after_is_not_reported(
     server: ScriptedServer, toy: Toy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The client remembers it, so it can be waited for after all."""
-    server.faults["forward_backward"].append(faults.late(0.05))
+    gate = asyncio.Event()
+    server.faults["forward_backward"].append(faults.until(gate))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(toy.forward_backward_async([1]), 0.02)
+    gate.set()
     (orphan,) = toy.core.orphans
     assert await orphan == Numbered(1)
     await toy.aclose()
@@ -336,9 +348,9 @@ async def test_a_hook_that_fails_at_close_keeps_nothing_from_closing(
 
 async def test_a_submit_in_flight_at_close_is_told(server: ScriptedServer, toy: Toy) -> None:
     """Nobody is left waiting for an acceptance that will not come."""
-    server.faults["forward_backward"].append(faults.late(30))
+    server.faults["forward_backward"].append(faults.until(asyncio.Event()))
     first, second = toy.forward_backward([1]), toy.optim_step()
-    await asyncio.sleep(0.02)
+    await on_its_way(server)
     await toy.aclose()
     for future in (first, second):
         with pytest.raises(errors.ClientClosedError):

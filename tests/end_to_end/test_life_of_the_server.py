@@ -11,9 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fixtures.processes import gone
 from fixtures.programs import BATCH, MODEL, PATIENCE, program, tg_config
 
 from tg_tinker import ServerRestartedError, ServiceClient, TGTinkerError
+from tg_tinker.core.retrieve import HOLD
 from tg_tinker.embedded import server_of
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
@@ -33,18 +35,16 @@ def finish(running: subprocess.Popen[str], code: int = 0) -> str:
     return out
 
 
-def wait_until_gone(pid: int, seconds: float = 20.0) -> None:
+def wait_until_gone(pid: int) -> None:
     """Wait for the end of a process that is no child of ours."""
-    deadline = time.monotonic() + seconds
-    while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(
-        encoding="utf-8"
-    ):
+    deadline = time.monotonic() + PATIENCE
+    while not gone(pid):
         assert time.monotonic() < deadline, f"process {pid} is still there"
         time.sleep(0.05)
 
 
 async def test_a_killed_server_fails_what_is_pending_and_is_started_again(tmp_path: Path) -> None:
-    """Within two seconds every pending future says how the server ended; the next call finds a new server."""
+    """No pending future waits for the end of its poll: each says how the server ended; the next call finds another."""
     async with ServiceClient(home=tmp_path) as service:
         tc = await service.create_training_client_async(tg_config())
         futures = [await tc.forward_backward_async({"input_ids": [[1] * 1000] * 16}) for _ in range(20)]
@@ -52,10 +52,9 @@ async def test_a_killed_server_fails_what_is_pending_and_is_started_again(tmp_pa
         await futures[0]
         process = server_of(tmp_path).process
         assert process is not None
-        began = time.monotonic()
         os.kill(process.pid, signal.SIGKILL)
-        outcomes = await asyncio.gather(*waits, return_exceptions=True)
-        assert time.monotonic() - began < 2.0
+        async with asyncio.timeout(HOLD - 5.0):
+            outcomes = await asyncio.gather(*waits, return_exceptions=True)
         failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert failures
         assert {type(failure) for failure in failures} == {ServerRestartedError}
@@ -179,12 +178,17 @@ def test_creating_a_client_tells_its_stages(service: ServiceClient, home: Path) 
         assert client.create_lora_training_client(MODEL, 2).run_id
 
 
+def loop_threads() -> list[str]:
+    """The names of all threads, but for the workers that a loop keeps for itself."""
+    return sorted(one.name for one in threading.enumerate() if not one.name.startswith("asyncio_"))
+
+
 def test_plain_use_lives_on_one_thread(service: ServiceClient, home: Path) -> None:
     """Two plain clients share one loop thread."""
-    before = {thread.name for thread in threading.enumerate()}
+    before = loop_threads()
     with ServiceClient(home=home) as client:
         client.get_server_capabilities()
-        assert {thread.name for thread in threading.enumerate()} == before
+        assert loop_threads() == before
     assert service.get_server_capabilities()
 
 

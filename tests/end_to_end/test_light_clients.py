@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fixtures.client import idle
+from fixtures.processes import open_files
 from fixtures.programs import LOOPS_RANK, MODEL, datum
 
 from tg_tinker import AdamParams, SamplingClient, SamplingParams, ServiceClient, TrainingClient, loops
@@ -28,8 +30,7 @@ ONE = SamplingParams(max_tokens=1, seed=1)
 
 def sockets() -> set[str]:
     """The sockets that this process has open."""
-    links = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
-    return {link for link in links if link.startswith("socket:")}
+    return {name for name in open_files() if name.startswith("socket:")}
 
 
 def threads() -> set[threading.Thread]:
@@ -77,6 +78,7 @@ def test_thirty_clients_made_and_dropped(run: loops.TrainingClient) -> None:
     """Nothing keeps a client that nobody closed: it is collected, and has left nothing."""
     before, count = threads(), len(sockets())
     seen = [weakref.ref(made(run)) for _ in range(MANY)]
+    idle()
     gc.collect()
     assert [one() for one in seen] == [None] * MANY
     assert threads() <= before
@@ -107,7 +109,7 @@ def test_thirty_services_made_and_closed(home: Path, service: ServiceClient) -> 
         with ServiceClient(home=home) as client:
             assert client.get_server_capabilities().losses
     assert threads() <= before
-    assert within(5.0, lambda: sockets() <= open_before)
+    assert within(30.0, lambda: sockets() <= open_before)
     assert len(server_of(home)._leases) == leases
     assert process.alive()
 
@@ -120,11 +122,13 @@ def test_a_forgotten_service_ends_its_server(tmp_path: Path) -> None:
     assert process is not None
     forgotten = weakref.ref(service)
     del service
+    idle()
     gc.collect()
     assert forgotten() is None
     clients = [run]
     del run
     assert clients[0].policy_version == 0
+    idle()
     with pytest.warns(ResourceWarning, match="test_light_clients.py"):
         clients.clear()
     assert within(30.0, process.ended.is_set)
@@ -139,7 +143,7 @@ async def test_a_forgotten_service_of_a_loop_gives_its_lease_back(home: Path, se
     assert len(server_of(home)._leases) == leases + 1
     with pytest.warns(ResourceWarning, match="unclosed ServiceClient"):
         clients.clear()
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(30.0):
         while len(server_of(home)._leases) > leases:
             await asyncio.sleep(0.02)
     assert (await service.get_server_capabilities_async()).losses

@@ -150,9 +150,9 @@ def test_nothing_is_overwritten(service: ServiceClient, saved: str, tmp_path: Pa
 
 
 @pytest.fixture
-async def depot() -> AsyncIterator[Depot]:
+async def depot(tmp_path: Path) -> AsyncIterator[Depot]:
     """A server of one checkpoint of two files."""
-    async with Depot({"a/long.bin": LONG, "short.txt": b"short"}) as depot:
+    async with Depot({"a/long.bin": LONG, "short.txt": b"short"}, tmp_path) as depot:
         yield depot
 
 

@@ -57,15 +57,14 @@ def test_a_time_to_live_is_kept(service: ServiceClient, trainer: loops.TrainingC
         service.create_training_client_from_state(state)
 
 
-def test_a_wait_for_a_publish_can_be_repeated(trainer: loops.TrainingClient) -> None:
-    """``result(timeout)`` bounds the wait alone; the publish goes on, and its own ceiling has an error of two kinds."""
-    for _ in range(10):
-        trainer.forward([datum(*range(1, 250))] * 8)  # so that the publish has to wait
-    future = trainer.save_weights_and_get_sampling_client(name="slow")
-    with pytest.raises(FutureTimeoutError):
-        future.result(timeout=0.0)
-    sampler = future.result(timeout=60)
-    answer = sampler.sample([72], 1, SamplingParams(max_tokens=1))
+async def test_a_wait_for_a_publish_can_be_repeated(home: Path, trainer: loops.TrainingClient) -> None:
+    """A timeout bounds the wait alone; the publish goes on, and its own ceiling has an error of two kinds."""
+    with asleep(home):
+        future = trainer.save_weights_and_get_sampling_client(name="slow")
+        with pytest.raises(FutureTimeoutError):
+            await future.result_async(timeout=0.1)
+    sampler = await future.result_async(timeout=60)
+    answer = await sampler.sample_async([72], 1, SamplingParams(max_tokens=1))
     assert answer.policy_version == sampler.min_policy_version == 1
     assert issubclass(SamplerNotReadyError, RuntimeError)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from fixtures.ledger import Ledger
+from fixtures.processes import open_files
 from fixtures.programs import LOOPS_RANK, MODEL, datum
 
 from tg_tinker import AdamParams, OperationFuture, SamplingClient, SamplingParams, ServiceClient, loops
@@ -230,14 +231,9 @@ class Awaiting(Caller):
         self.ledger.count("listings")
 
 
-def open_files() -> set[str]:
-    """The files that this process has open."""
-    return {str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()}
-
-
 def gone(left: Callable[[], set[Any]]) -> set[Any]:
     """What is still left after a while."""
-    deadline = time.monotonic() + 10.0
+    deadline = time.monotonic() + PATIENCE
     while left() and time.monotonic() < deadline:
         time.sleep(0.05)
     return left()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 
 import pytest
 from fixtures.programs import MODEL, datum
 
 from tg_tinker import AdamParams, InvalidRequestError, ServiceClient, loops
+
+pytestmark = pytest.mark.timeout(240)
 
 
 class Listed:
@@ -51,6 +54,8 @@ def test_every_face_is_heard_of(tracked, listed):
     tracked.optim_step(AdamParams(learning_rate=2e-3))
     tracked.forward_backward_custom([datum()], twice_as_likely, loss_type_input="numpy")
     tracked.optim_step(AdamParams(learning_rate=3e-3)).result()
+    while 2 not in listed.records:
+        time.sleep(0.01)
     tracked.close()
     assert listed.finished
     assert [listed.records[step]["learning_rate"] for step in (1, 2, 3)] == [1e-3, 2e-3, 3e-3]

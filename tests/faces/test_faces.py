@@ -58,7 +58,7 @@ def plain(toy: Toy, name: str) -> Any:
     args, named = PLANS[name]
     made = getattr(toy, name)(*args, **named)
     if isinstance(made, OperationFuture):
-        return made.result(5)
+        return made.result(30)
     return list(made) if isinstance(made, Chunks) else made
 
 
@@ -145,8 +145,8 @@ SIGNATURES = {
     "health": "(self) -> 'dict[str, Any]'",
     "sample_stream": "(self, prompt: 'str') -> 'Iterator[Numbered]'",
     "sample_stream_async": "(self, prompt: 'str') -> 'AsyncIterator[Numbered]'",
-    "publish": "(self, name: 'str', ceiling: 'float' = 5.0) -> 'OperationFuture[str]'",
-    "publish_async": "(self, name: 'str', ceiling: 'float' = 5.0) -> 'Coroutine[Any, Any, str]'",
+    "publish": "(self, name: 'str', ceiling: 'float' = 30.0) -> 'OperationFuture[str]'",
+    "publish_async": "(self, name: 'str', ceiling: 'float' = 30.0) -> 'Coroutine[Any, Any, str]'",
     "close": "(self) -> 'None'",
     "aclose": "(self) -> 'Coroutine[Any, Any, None]'",
 }

@@ -35,7 +35,7 @@ async def serve(tmp_path: Path, engine: FakeEngine) -> AsyncIterator[Serve]:
             keys = {KEY: "tenant-a", OTHER_KEY: "tenant-b"}
             settings = Settings(**{"home": tmp_path, "keys": keys, "hold": 20.0, **fields})
             server = TestServer(create_app(settings, engine=engine))
-            await server.start_server(shutdown_timeout=2.0)
+            await server.start_server(shutdown_timeout=20.0)
             stack.push_async_callback(server.close)
             return Client(server, session)
 

@@ -134,7 +134,7 @@ async def test_a_flush_waits_for_what_came_before_it_alone(writer, table):
         await asyncio.sleep(0)
     put(writer, "2")
     table.turns.release()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await waiting
     assert table.rows == ["1"]
     table.turns.release()

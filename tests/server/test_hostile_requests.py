@@ -215,8 +215,8 @@ async def test_a_body_that_inflates_beyond_the_limit_is_refused(serve):
 
 async def test_a_body_that_never_ends_is_not_waited_for_for_ever(client, monkeypatch):
     """A body that stalls is refused in the end; the server goes on."""
-    monkeypatch.setattr(common, "SLOWEST_BODY", 0.2)
     run = await client.create(MODEL)
+    monkeypatch.setattr(common, "SLOWEST_BODY", 0.2)
     reader, writer = await asyncio.open_connection(client.server.host, client.server.port)
     lines = (f"POST {run}/optim_step HTTP/1.1".encode(), b"Host: localhost", *_authorized(), b"Content-Length: 9")
     try:
@@ -227,6 +227,7 @@ async def test_a_body_that_never_ends_is_not_waited_for_for_ever(client, monkeyp
         writer.close()
     assert head.startswith(b"HTTP/1.1 422 ")
     assert b"X-Request-Id: req-" in head
+    monkeypatch.undo()
     assert (await client.run(f"{run}/forward_backward", {"batch": BATCH}))["status"] == "completed"
 
 

@@ -224,7 +224,7 @@ async def test_a_deactivated_run_is_gone(client, engine):
     for key in ("a", "b"):
         await client.post(f"{trainer}/forward", PASS, Idempotency_Key=key)
     deactivating = asyncio.create_task(client.post(f"/v1/loops/runs/{run_id}/deactivate"))
-    assert (await client.get(f"{trainer}/operations/b?wait=10")).json["code"] == "FUTURE_CANCELLED"
+    assert (await client.get(f"{trainer}/operations/b?wait=20")).json["code"] == "FUTURE_CANCELLED"
     engine.gate.set()
     answer = await deactivating
     assert (answer.status, answer.json) == (200, {"id": run_id, "base_model": MODEL})
@@ -312,9 +312,9 @@ async def test_bad_samples_are_refused_by_field(client, field, value):
 async def test_a_sampling_client_that_leaves_frees_its_slots(client, engine):
     """Closing the connection of a /sample cancels its generations."""
     _, sampler = await client.trainer(MODEL)
-    engine.tick_seconds = 0.02
+    engine.tick_seconds = 0.1
     request = asyncio.create_task(client.post(f"{sampler}/sample", {"prompt": [1], "n": 3, "max_tokens": 400}))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (engine.samplers and len(engine.samplers[0].active) == 3):
             await asyncio.sleep(0.005)
         request.cancel()

@@ -47,7 +47,7 @@ def left(home: Path) -> list[str]:
     """The files that say that a server lives, and the threads of databases, but those that are just ending."""
     workers = [thread for thread in threading.enumerate() if "connection_worker" in thread.name]
     for worker in workers:
-        worker.join(5.0)
+        worker.join(30.0)
     files = [path.name for path in (home / "servers").iterdir()] if (home / "servers").exists() else []
     return files + [worker.name for worker in workers if worker.is_alive()]
 

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
-from fixtures.fake_engine import MODEL
+from fixtures.fake_engine import MODEL, FakeSampler
 from fixtures.server_client import BATCH, KEY, datum
 
 from tg_tinker import InvalidRequestError, OperationFailedError, ServiceClient, TrainingConfig
 from tg_tinker.server.middleware import ROOMS
 
 
-async def until(holds, *, seconds: float = 10.0) -> None:
+async def until(holds, *, seconds: float = 30.0) -> None:
     """Wait until something another thread does has come about."""
     async with asyncio.timeout(seconds):
         while not holds():
@@ -271,22 +272,26 @@ async def test_sampling_goes_on_between_micro_batches(client, engine):
     assert "tick" in between
 
 
-async def test_a_short_sample_beside_a_long_one_finishes_first(client, engine):
-    """An 8-token sample that arrives while a 400-token one runs is answered before it."""
-    engine.tick_seconds = 0.005
+async def test_a_short_sample_beside_a_long_one_finishes_first(client, engine, monkeypatch):
+    """An 8-token sample that arrives while a 400-token one runs is answered although that one does not end."""
+    engine.tick_seconds, answered, step = 0.001, threading.Event(), FakeSampler.step
+
+    def without_an_end(sampler):
+        held = {} if answered.is_set() else {key: one for key, one in sampler.active.items() if len(one[2]) == 399}
+        for key in held:
+            del sampler.active[key]
+        step(sampler)
+        sampler.active |= held
+
+    monkeypatch.setattr(FakeSampler, "step", without_an_end)
     run = await client.create(MODEL)
-    done: list[int] = []
-
-    async def sample(tokens: int) -> None:
-        answer = await client.post(f"{run}/sample", {"prompts": "a", "max_tokens": tokens})
-        assert answer.json["samples"][0]["num_tokens"] == tokens
-        done.append(tokens)
-
-    long = asyncio.create_task(sample(400))
-    await until(lambda: client.server.app[ROOMS].tickets.of_tenant("tenant-a"))
-    await sample(8)
-    await long
-    assert done == [8, 400]
+    long = asyncio.create_task(client.post(f"{run}/sample", {"prompts": "a", "max_tokens": 400}))
+    await until(lambda: engine.samplers and engine.samplers[0].active)
+    async with asyncio.timeout(30):
+        short = await client.post(f"{run}/sample", {"prompts": "a", "max_tokens": 8})
+    assert not long.done()
+    answered.set()
+    assert [answer.json["samples"][0]["num_tokens"] for answer in (short, await long)] == [8, 400]
 
 
 async def test_a_full_queue_is_a_503_that_says_when(serve, engine):

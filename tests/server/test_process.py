@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fixtures.processes import gone
 
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.verify import AuditHead, verify_audit_log
 from tg_tinker.wire import codec
 
 KEY = "process-key"
+
+pytestmark = pytest.mark.timeout(240)  # servers of their own, of which some load torch
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def get(url: str, key: str | None = None) -> int:
     """The status of a GET."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
         return error.code
@@ -77,7 +80,7 @@ def test_the_child_says_where_it_listens_and_wants_the_key(tmp_path):
         assert get(f"{url}/v1/training_clients") == 401
         assert get(f"{url}/v1/training_clients", KEY) == 200
         child.send_signal(signal.SIGTERM)
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
         assert KEY.encode() not in child.stderr.read()
 
 
@@ -86,7 +89,7 @@ def test_without_a_key_the_child_does_not_start(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TG_TINKER_EMBEDDED_KEY"}
     child = subprocess.run(
         [sys.executable, "-m", "tg_tinker.server", "--home", str(tmp_path)],
-        capture_output=True, env=environment, timeout=50, check=False,
+        capture_output=True, env=environment, timeout=200, check=False,
     )  # fmt: skip
     assert child.returncode == 2
     assert b"TG_TINKER_EMBEDDED_KEY" in child.stderr
@@ -116,16 +119,8 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path):
     finally:
         parent.kill()
         parent.communicate()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return
-        if Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] == "Z":
-            return  # dead, and nobody here to take note of it
+    while not gone(pid):
         time.sleep(0.05)
-    pytest.fail("the server outlived its parent")
 
 
 def test_a_parent_that_is_gone_already_ends_it_at_once(tmp_path):
@@ -133,7 +128,7 @@ def test_a_parent_that_is_gone_already_ends_it_at_once(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     with server(tmp_path, "--parent", str(gone.pid)) as (child, _):
-        assert child.wait(20) == 0
+        assert child.wait(60) == 0
 
 
 def test_two_servers_share_a_home(tmp_path):
@@ -153,7 +148,7 @@ def test_a_killed_server_leaves_entries_of_all_that_it_told(tmp_path):
         for _ in range(5):
             for name, body in (("forward_backward", {"batch": {"input_ids": [[1, 2, 3]]}}), ("optim_step", {})):
                 future = post(f"{url}/v1/training_clients/{run}/{name}", body, heads)["future_id"]
-                outcome = ask("GET", f"{url}/v1/futures/{future}/result?wait=20", None, heads)
+                outcome = ask("GET", f"{url}/v1/futures/{future}/result?wait=60", None, heads)
                 assert outcome["status"] == "completed", outcome
                 told.append(future)
         child.kill()
@@ -174,7 +169,7 @@ def test_a_taken_port_is_an_error(tmp_path):
         port = url.rpartition(":")[2]
         child = subprocess.run(
             [sys.executable, "-m", "tg_tinker.server", "--home", str(tmp_path), "--port", port],
-            capture_output=True, env={**os.environ, "TG_TINKER_EMBEDDED_KEY": KEY}, timeout=50, check=False,
+            capture_output=True, env={**os.environ, "TG_TINKER_EMBEDDED_KEY": KEY}, timeout=200, check=False,
         )  # fmt: skip
     assert child.returncode != 0
     assert b"address already in use" in child.stderr

@@ -34,8 +34,6 @@ LEARNT = {"id", "session_id", "deployment_id", "model_id"}
 #: statuses of a submit that the client takes for a cold start, and tries again for up to an hour
 TRIED_AGAIN = {400, 404, 408, 502, 503}
 
-pytestmark = pytest.mark.timeout(120)
-
 
 class Published:
     """The published client as its transcripts show it: its requests, and what it reads of the answers."""

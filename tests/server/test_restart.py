@@ -85,8 +85,12 @@ async def test_a_shutdown_answers_everybody_who_waits(serve, engine):
     _, sampler = await client.trainer(MODEL)
     engine.gate.clear()
     future = await client.submit(f"{run}/forward_backward", {"batch": BATCH})
+    asked = client.server.handler.requests_count
     poll = asyncio.create_task(client.result(future, wait=20))
     version = asyncio.create_task(client.get(f"{sampler}/trainers_policy_version?min=5&wait=20"))
+    async with asyncio.timeout(30):
+        while client.server.handler.requests_count < asked + 2:
+            await asyncio.sleep(0.005)
     await asyncio.sleep(0.1)
     engine.gate.set()
     await client.server.close()
@@ -99,7 +103,7 @@ async def test_a_save_under_way_is_finished_before_the_end(serve, engine):
     first = await serve()
     run = await first.create(MODEL)
     await first.submit(f"{run}/save_state", {"metadata": {"kept": True}})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (await first.get("/v1/futures?status=running")).json and not (await first.get("/v1/artifacts")).json:
             await asyncio.sleep(0.005)
     await first.server.close()
@@ -187,7 +191,7 @@ async def test_what_only_the_trail_knows_is_told_after_a_crash(serve, engine, mo
     append_all, save_futures = rooms.auditing.log.append_all, rooms.database.save_futures
 
     async def wait(write, rows):
-        async with asyncio.timeout(10):  # as long as the test needs, and no longer should it fail
+        async with asyncio.timeout(30):  # as long as the test needs, and no longer should it fail
             await written.wait()
         return await write(rows)
 
@@ -225,7 +229,7 @@ async def test_a_trail_ends_when_the_database_has_what_is_in_it(serve, monkeypat
     run = await first.create(MODEL)
     for _ in range(10):
         await first.run(f"{run}/forward_backward", {"batch": BATCH})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not [path for path in folder.glob("*.trail") if ".0." not in path.name] or len(files(folder)) > 1:
             await asyncio.sleep(0.01)
     die(first)
@@ -306,7 +310,7 @@ async def test_a_result_is_stored_only_when_its_row_has_it(serve, engine, monkey
 
     async def slowly(rows):
         begun.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             await ended.wait()
         await save(rows)
 
@@ -317,7 +321,7 @@ async def test_a_result_is_stored_only_when_its_row_has_it(serve, engine, monkey
     await ticket.wait(None)
     monkeypatch.setattr(journal, "note", lambda _: None)  # nothing more is written of it
     ended.set()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await database.get_future("tenant-a", ticket.id) is None:
             await asyncio.sleep(0)
     await asyncio.sleep(0.01)

@@ -148,12 +148,12 @@ async def test_a_stream_that_fails_ends_with_the_error(client, monkeypatch):
 async def test_a_client_that_leaves_stops_the_generation(client, engine, path):
     """Closing the connection frees the slot and ends the operation as cancelled."""
     run = await client.create(MODEL)
-    engine.tick_seconds = 0.02
+    engine.tick_seconds = 0.1
     url, body = client.server.make_url(f"{run}/{path}"), {"prompts": "a", "max_tokens": 400}
     request = asyncio.create_task(
         client.session.post(url, json=body, headers={"Authorization": f"Bearer {KEY}"}).__aenter__()
     )
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (engine.samplers and engine.samplers[0].active):
             await asyncio.sleep(0.005)
         if path == "sample_stream":
@@ -255,9 +255,9 @@ async def test_samples_of_one_step_share_one_copy_of_the_weights(client, engine)
 async def test_a_sample_that_runs_can_be_cancelled(client, engine):
     """Cancelling a sample whose tokens are being made says true and frees its slots."""
     run = await client.create(MODEL)
-    engine.tick_seconds = 0.02
+    engine.tick_seconds = 0.1
     future = await client.submit(f"{run}/sample", {"prompts": "a", "max_tokens": 400, "num_completions": 2})
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (engine.samplers and len(engine.samplers[0].active) == 2):
             await asyncio.sleep(0.005)
     assert (await client.post(f"{future}/cancel")).json == {"success": True}
@@ -268,9 +268,9 @@ async def test_a_sample_that_runs_can_be_cancelled(client, engine):
 async def test_a_sample_that_is_waited_for_and_cancelled_answers_409(client, engine):
     """Who waits for the result itself is told of the cancellation by status and code."""
     run = await client.create(MODEL)
-    engine.tick_seconds = 0.02
+    engine.tick_seconds = 0.1
     waiting = asyncio.create_task(client.post(f"{run}/sample", {"prompts": "a", "max_tokens": 400}))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (futures := (await client.get("/v1/futures?status=running")).json):
             await asyncio.sleep(0.01)
     await client.post(f"/v1/futures/{futures[0]['future_id']}/cancel")

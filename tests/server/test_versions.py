@@ -106,7 +106,6 @@ async def test_a_version_outlives_its_name(serve):
     assert [one["checkpoint_id"] for one in listed] == ["a", "b", "same"]
 
 
-@pytest.mark.timeout(120)
 async def test_a_version_is_read_back_to_the_bit(serve, tmp_path):
     """A version of the real engine samples the same tokens with the same logprobs after it left memory."""
     client = await serve(engine=TorchEngine(home=tmp_path, threads=1), versions_kept=1)
@@ -157,6 +156,7 @@ async def test_what_is_kept_aside_is_bounded(serve, tmp_path):
     assert (files(tmp_path, ".aside"), files(tmp_path, ".json"), files(tmp_path, ".sealed")) == (3, 1, 4)
 
 
+@pytest.mark.timeout(300)  # each of them is sealed and synced
 async def test_a_thousand_publishes_leave_memory_and_disk_flat(serve, tmp_path):
     """After 1000 publishes under one name a run holds as many versions, and the disk as many bytes, as may be kept."""
     client = await serve(aside_bytes=20_000)

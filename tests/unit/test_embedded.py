@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from fixtures.children import DIES, LISTENS, SILENT, listening, stand_in
+from fixtures.processes import gone
+from fixtures.programs import UNTIMED
 
 from tg_tinker import embedded
 from tg_tinker.embedded import EmbeddedEndpoint, server_of
@@ -112,8 +114,9 @@ async def test_a_start_has_a_timeout_of_its_own(tmp_path: Path, monkeypatch: pyt
 
 
 PROGRAM = """
-import asyncio, os, sys
+import asyncio, logging, os, sys
 from pathlib import Path
+logging.getLogger("asyncio").addFilter({untimed})
 sys.path.append({tests!r})
 from fixtures.children import LISTENS, stand_in
 import pytest
@@ -130,17 +133,8 @@ print(process.pid, flush=True)
 
 def run(home: Path, rest: str) -> subprocess.Popen[bytes]:
     """A program that starts a server and then does ``rest``."""
-    code = PROGRAM.format(tests=str(Path(__file__).parents[1]), home=str(home), rest=rest)
+    code = PROGRAM.format(tests=str(Path(__file__).parents[1]), untimed=UNTIMED, home=str(home), rest=rest)
     return subprocess.Popen([sys.executable, "-X", "dev", "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def gone(pid: int) -> bool:
-    """Whether a process that is no child of ours has ended."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
 
 
 async def until_gone(pid: int) -> None:

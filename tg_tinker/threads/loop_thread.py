@@ -32,9 +32,10 @@ class Guest(Protocol):
 
 
 class LoopThread:
-    """The thread ``tg-tinker-loop`` and its loop."""
+    """The thread ``tg-tinker-loop`` and its loop; it begins once ``before``, the one that it replaces, has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, before: LoopThread | None = None) -> None:
+        self._before = before
         self.loop = asyncio.new_event_loop()
         self.ended = False
         self.guests: set[Guest] = set()
@@ -68,6 +69,9 @@ class LoopThread:
             guest.abandon()
 
     def _main(self) -> None:
+        if self._before is not None:  # what is still being closed there must not be opened here meanwhile
+            self._before._thread.join(STOP_BUDGET)
+            self._before = None
         try:
             self.loop.run_forever()
         except BaseException:  # even SystemExit must not leave those who wait without an answer

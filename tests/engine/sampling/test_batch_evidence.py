@@ -17,7 +17,7 @@ NO = {
     "roberta": "rows padded in front gave other logits",  # its positions do not begin at 0
     "llama4": "layers of the kind chunked_attention",
     "lfm2": "its cache has layers of the kind LinearAttentionLayer",
-    "mamba": "keeps no key/value cache",
+    "mamba": "cache",  # it has none of keys and values; since transformers 5.24 it has one of its own
 }
 
 
@@ -34,10 +34,15 @@ def deaf_to(name):
     return lambda model, forward, values: forward(**{key: value for key, value in values.items() if key != name})
 
 
+def cache_of(values):
+    """What was read before, under either name that transformers has had for it."""
+    return values.get("cache", values.get("past_key_values"))
+
+
 def without_windows(model, forward, values):
     """A forward pass that forgets the sliding window when the cache is not the model's own."""
     for part in (model.config, *(module for module in model.modules() if hasattr(module, "sliding_window"))):
-        part.sliding_window = 4096 if isinstance(values["past_key_values"], PaddedCache) else 16
+        part.sliding_window = 4096 if isinstance(cache_of(values), PaddedCache) else 16
     return forward(**values)
 
 
@@ -62,12 +67,12 @@ def wrong_when(condition):
 
 def begun(values):
     """Whether tokens were read before."""
-    return values["past_key_values"] is not None and values["past_key_values"].get_seq_length() > 0
+    return cache_of(values) is not None and cache_of(values).get_seq_length() > 0
 
 
 def far(values):
     """Whether more tokens were read before than the sliding window holds."""
-    return begun(values) and values["past_key_values"].get_seq_length() > 16
+    return begun(values) and cache_of(values).get_seq_length() > 16
 
 
 def looking_ahead(model, forward, values):

@@ -54,7 +54,7 @@ def read(tokenizer, ids):
 
 
 @pytest.mark.parametrize("name", ["tiny", "byte pairs"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_pieces_are_the_text(name, data):
     """Any tokens, valid text or not: the pieces joined are the text of all of them."""
@@ -64,7 +64,7 @@ def test_pieces_are_the_text(name, data):
     assert "".join(read(tokenizer, ids)) == whole
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.one_of(st.integers(257, 265).map(lambda n: [n]), st.characters(exclude_categories=["Cs"]).map(in_bytes))
@@ -82,7 +82,7 @@ def test_pieces_are_the_text_of_sentence_pieces(parts):
 
 
 @pytest.mark.parametrize("name", ["tiny", "byte pairs"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters=SPECIAL), max_size=30))
 def test_no_piece_ends_inside_a_character(name, text):
     """Valid text never shows a replacement character, however its bytes fall into tokens."""
@@ -107,7 +107,7 @@ def test_special_tokens_have_no_text():
     assert "".join(read(TOKENIZERS["tiny"], [104, 257, 105, 258])) == "hi"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     pieces=st.lists(st.text("abc", max_size=4), max_size=12),
     stops=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),
@@ -136,7 +136,7 @@ def test_text_is_cut_at_the_first_stop(pieces, stops):
         assert not any(stop in shown for stop in stops)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pieces=st.lists(st.text("ab", max_size=3), max_size=10), stop=st.text("ab", min_size=1, max_size=5))
 def test_only_a_possible_stop_is_held_back(pieces, stop):
     """What is held back is exactly the longest end of the text that begins the stop text."""

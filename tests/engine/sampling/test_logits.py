@@ -56,7 +56,7 @@ def drawn(scores, request, tokens, count):
     return logits_of.sample(scores.expand(count, -1).clone(), batch._settings, uniform)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     vocabulary=st.sampled_from([17, 128, 700, 1300]),
@@ -92,7 +92,7 @@ def test_draws_follow_the_distribution_of_transformers(
 
 
 @given(st.integers(0, 10**6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_penalties_are_their_formulas(seed):
     """Repetition divides or multiplies by sign, frequency subtracts per use, presence once."""
     generator = torch.Generator().manual_seed(seed)

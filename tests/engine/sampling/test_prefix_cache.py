@@ -93,7 +93,7 @@ def test_the_longest_unused_goes_first():
     assert cache.size == 60 * PER_TOKEN
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=80).map(lambda bits: [7] * 15 + bits), max_size=12))
 def test_what_is_found_is_always_a_true_start(texts):
     """Whatever was put and dropped, a found state is that of the prompt's own first tokens."""

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CausalPass"]
 
+_OLD_NAME = "past_key_values"  # of the cache, before transformers 5.24
+
 
 class CausalPass:
     """The model of ``base``, to be called."""
@@ -30,6 +32,7 @@ class CausalPass:
     def __init__(self, base: BaseModel) -> None:
         self._base = base
         self._chooses = "logits_to_keep" in inspect.signature(base.model.forward).parameters
+        self._cache = "cache" if "cache" in inspect.signature(type(base.model).forward).parameters else _OLD_NAME
 
     def __call__(
         self,
@@ -52,8 +55,8 @@ class CausalPass:
         wanted = None if columns is None else torch.tensor(columns, device=self._base.device)
         keep: dict[str, Any] = {} if wanted is None or not self._chooses else {"logits_to_keep": wanted}
         with adapters.active(self._base, adapter):
-            output = self._base.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep, **(more or {}))
-        cache = getattr(output, "past_key_values", None)
+            output = self._base.model(input_ids=ids, use_cache=True, **{self._cache: cache}, **keep, **(more or {}))
+        cache = getattr(output, self._cache, None)
         if cache is None:
             message = f"{self._base.name} keeps no key/value cache, so it cannot be sampled from token by token"
             raise InvalidRequestError(message, field="base_model", constraint="a model with a key/value cache")
