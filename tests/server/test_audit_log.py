@@ -81,6 +81,18 @@ async def test_denied_access_leaves_a_trace(client):
     assert (entry.success, entry.error_code) == (False, "TRAINING_CLIENT_NOT_FOUND")
 
 
+async def test_a_failure_that_is_told_again_is_no_denial(client, engine):
+    """An operation on what is not there has its two entries, however often it is retried, and however it is asked."""
+    run = await client.create(MODEL)
+    body = {"artifact_id": "art-" + "0" * 32}
+    for _ in range(2):
+        assert (await client.post(f"{run}/load_state", body, Idempotency_Key="once")).status == 404
+    future = await client.submit(f"{run}/load_state", body, Idempotency_Key="once")
+    assert (await client.result(future))["error"]["code"] == "ARTIFACT_NOT_FOUND"
+    _, *entries = entries_of(await client.get("/v1/audit_logs"))
+    assert [(one.operation, one.event) for one in entries] == [("load_state", "accepted"), ("load_state", "ended")]
+
+
 async def test_entries_are_filtered_by_time_and_paged(client):
     """start_time, end_time, limit and offset cut the chain; a malformed time, or a limit out of range, is refused."""
     run = await client.create(MODEL)
