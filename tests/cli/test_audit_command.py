@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fixtures.programs import BATCH
 
-from tg_tinker import TrainingClient
+from tg_tinker import InvalidRequestError, TrainingClient
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -19,6 +19,15 @@ def test_entries_of_a_run(tg, tc: TrainingClient) -> None:
     entries = tg.json("audit", "ls", "--run", tc.id, "--operation", "forward_backward")
     assert [(one["event"], one["success"]) for one in entries] == [("accepted", None), ("ended", True)]
     assert "forward_backward" in tg("audit", "ls", "--run", tc.id).stdout
+
+
+def test_no_part_of_an_input_is_in_the_log(tg, tc: TrainingClient) -> None:
+    """Of an operation that failed over a value in its batch, the log says where it was, not what it was."""
+    with pytest.raises(InvalidRequestError, match=r"^987654; expected 0 to 263"):
+        tc.forward_backward({"input_ids": [[72, 987654, 108]]}).result()
+    (_, ended) = tg.json("audit", "ls", "--run", tc.id, "--operation", "forward_backward")
+    assert ended["error_message"] == "batch.input_ids[0][1]: expected 0 to 263"
+    assert "987654" not in json.dumps({**ended, "entry_id": "", "prev_hash": "", "record_hash": ""})
 
 
 def test_a_whole_log_is_held_against_the_heads_that_were_kept(tg, tc: TrainingClient, tmp_path: Path) -> None:

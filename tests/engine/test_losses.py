@@ -232,7 +232,10 @@ def test_positions_without_advantage_or_weight_are_not_active() -> None:
             "not finite; expected a finite number @ $.data[5].advantages[1]",
         ),
         ({"logprobs": [-1.0, -1.0], "advantages": [0.0, 1.0, 1.0]}, "shape (2,); expected (3,) @ $.data[5].logprobs"),
-        ({"logprobs": [-1.0, -1.0, -1.0]}, "missing; this loss needs logprobs, advantages @ $.data[5].advantages"),
+        (
+            {"logprobs": [-1.0, -1.0, -1.0]},
+            "missing; expected logprobs, advantages with this loss @ $.data[5].advantages",
+        ),
         (
             {"logprobs": [0.0] * 3, "advantages": [1.0] * 3, "temperatures": [1.0, 0.0, 1.0]},
             "0.0; expected a finite number above 0 @ $.data[5].temperatures[1]",

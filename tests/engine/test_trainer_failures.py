@@ -48,7 +48,7 @@ def test_a_token_out_of_the_vocabulary_is_named(token: int) -> None:
     assert error.problems[0] == f"{token}; expected 0 to 263 @ $.data[1].model_input[1]"
     error = refused(rows_from_batch(BatchData([[1, token]], labels=[[1, 1]])))
     assert error.problems == [f"{token}; expected 0 to 263 @ $.batch.input_ids[0][1]"]
-    assert error.field == "batch.input_ids[0][1]"
+    assert (error.field, error.constraint) == ("batch.input_ids[0][1]", "0 to 263")
 
 
 def test_a_target_out_of_the_vocabulary_is_named() -> None:

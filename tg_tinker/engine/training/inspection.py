@@ -57,9 +57,10 @@ def inspect(rows: Sequence[Row], loss: Loss, *, vocab_size: int, max_length: int
         raise checks.refuse("data[*].loss_fn_inputs.target_tokens", constraint, sorted(ranks))
     problems = [problem for row in rows for problem in _row_problems(row, loss, vocab_size, max_length)]
     if problems:
-        place = problems[0].rpartition(" @ $.")[2]
+        told, _, place = problems[0].rpartition(" @ $.")
+        constraint = told.partition("; expected ")[2]
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InvalidRequestError(problems[0] + more, field=place, problems=problems[:_SHOWN])
+        raise InvalidRequestError(problems[0] + more, field=place, constraint=constraint, problems=problems[:_SHOWN])
 
 
 def _row_problems(row: Row, loss: Loss, vocab_size: int, max_length: int) -> Iterator[str]:
@@ -77,7 +78,8 @@ def _row_problems(row: Row, loss: Loss, vocab_size: int, max_length: int) -> Ite
 
 def _input_problems(row: Row, loss: Loss) -> Iterator[str]:
     missing = [name for name in loss.required_inputs if name not in row.inputs]
-    yield from (f"missing; this loss needs {', '.join(loss.required_inputs)} @ {row.where(name)}" for name in missing)
+    needed = ", ".join(loss.required_inputs)
+    yield from (f"missing; expected {needed} with this loss @ {row.where(name)}" for name in missing)
     shapes = {name: row.inputs[name].shape for name in loss.input_names if name in row.inputs}
     wrong = [name for name, shape in shapes.items() if shape != _expected_shape(row, name)]
     for name in wrong:
