@@ -54,5 +54,6 @@ def test_a_log_is_verified_without_a_server(tg, tc: TrainingClient, tmp_path: Pa
     assert tg("audit", "verify", "--log", log).exit_code == 0  # nothing tells that it was cut off
     log.write_text(json.dumps([*entries[:1], {**entries[1], "operation": "sample"}, *entries[2:]]))
     assert f"entry 2 ({entries[1]['entry_id']})" in tg(*offline, code=1).stderr
-    log.write_text("[{}]")
-    assert "is no log" in tg(*offline, code=1).stderr
+    for wrong in ([{}], [*entries[:1], {**entries[1], "note": "added"}, *entries[2:]]):
+        log.write_text(json.dumps(wrong))
+        assert "is no log" in tg(*offline, code=1).stderr

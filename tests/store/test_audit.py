@@ -95,7 +95,7 @@ async def test_a_rewritten_tail_needs_a_kept_head_to_be_found(log: AuditLog) -> 
         forged.append(attrs.evolve(draft, record_hash=record_hash(draft)))
     assert verify_audit_log(forged, tenant_id="acme").ok
     report = verify_audit_log(forged, tenant_id="acme", heads=[head])
-    assert (report.ok, report.first_bad) == (False, 5)
+    assert (report.ok, report.first_bad, report.entry_id) == (False, 5, entries[4].entry_id)
     assert report.reason is not None
     assert "rewritten" in report.reason
 
@@ -107,7 +107,7 @@ async def test_truncation_is_found_by_a_kept_head(log: AuditLog) -> None:
     shorter = entries[:4]
     assert verify_audit_log(shorter, tenant_id="acme").ok
     report = verify_audit_log(shorter, tenant_id="acme", heads=[head])
-    assert (report.ok, report.first_bad) == (False, 5)
+    assert (report.ok, report.first_bad, report.entry_id) == (False, 5, None)
     assert report.reason is not None
     assert "truncated: 6 entries were signed for, 4 are there" in report.reason
 
