@@ -187,6 +187,16 @@ async def test_nothing_is_pulled_while_the_log_cannot_be_written(client, monkeyp
     assert len({(entry.operation_id, entry.event) for entry in entries}) == len(entries) == 8
 
 
+async def test_a_save_that_replaces_another_says_so(client):
+    """Saving under a name again deletes what had it: that entry names both artifacts."""
+    trainer, _ = await client.trainer(MODEL)
+    for _ in range(2):
+        await client.operate(trainer, "save_state", {"name": "kept"})
+    _, first, _, second = entries_of(await client.get("/v1/audit_logs?operation=save_state"))
+    assert (first.artifact_ids_consumed, second.artifact_ids_consumed) == ((), first.artifact_ids_produced)
+    assert len(second.artifact_ids_produced) == 1
+
+
 async def test_a_file_of_a_checkpoint_leaves_with_an_entry(client):
     """A signed URL opens a checkpoint outside of its seal: each use of it is on record."""
     trainer, _ = await client.trainer(MODEL)
