@@ -5,6 +5,7 @@ Entries hold keyed digests of inputs, never inputs. The pure half, which clients
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import secrets
 from datetime import UTC, datetime
@@ -146,7 +147,8 @@ class AuditLog:
         if end_time is not None:
             query = query.where(audit.c.timestamp <= end_time)
         async with self._database.reading() as connection:
-            return [_entry(row) for row in await connection.execute(query)]
+            rows = (await connection.execute(query)).all()
+        return await asyncio.to_thread(lambda: list(map(_entry, rows)))  # a long page would stall the loop
 
 
 def _of(tenant_id: str) -> Select[Any]:
