@@ -198,16 +198,20 @@ async def test_a_save_that_replaces_another_says_so(client):
 
 
 async def test_a_file_of_a_checkpoint_leaves_with_an_entry(client):
-    """A signed URL opens a checkpoint outside of its seal: each use of it is on record."""
+    """A signed URL opens a checkpoint outside of its seal: each use of it is on record, one in vain too."""
     trainer, _ = await client.trainer(MODEL)
     await client.operate(trainer, "save_state", {"name": "kept"})
     run_id = trainer.rpartition("/")[2]
     (artifact,) = (await client.get(f"/v1/artifacts?training_client_id={run_id}")).json
     listed = await client.get(f"/v1/loops/checkpoints/{artifact['artifact_id']}/files")
     (first, *_) = listed.json["presigned_urls"]
-    assert (await client.get(first["url"].removeprefix(str(client.server.make_url("")).rstrip("/")))).status == 200
-    (entry,) = entries_of(await client.get("/v1/audit_logs?operation=pull_checkpoint_file"))
-    assert entry.artifact_ids_consumed == (artifact["artifact_id"],)
+    path = first["url"].removeprefix(str(client.server.make_url("")).rstrip("/"))
+    assert (await client.get(path)).status == 200
+    assert (await client.call("DELETE", f"/v1/artifacts/{artifact['artifact_id']}")).status == 200
+    assert (await client.get(path)).status == 404
+    entries = entries_of(await client.get("/v1/audit_logs?operation=pull_checkpoint_file"))
+    assert [(entry.success, entry.error_code) for entry in entries] == [(True, None), (False, "ARTIFACT_NOT_FOUND")]
+    assert {entry.artifact_ids_consumed for entry in entries} == {(artifact["artifact_id"],)}
 
 
 async def test_a_creation_that_fails_leaves_an_entry(client):
