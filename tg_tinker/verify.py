@@ -47,7 +47,10 @@ class AuditHead(Value):
 
 @attrs.frozen(kw_only=True)
 class AuditVerification(Value):
-    """Outcome of a check; ``first_bad`` numbers the first entry that is changed, missing or unproven."""
+    """Outcome of a check; ``first_bad`` numbers the first entry that is changed, missing or unproven.
+
+    ``entry_id`` is of the entry that is there in its place, if one is.
+    """
 
     ok: bool
     entries: int
@@ -85,7 +88,7 @@ def verify_audit_log(
     ``public_key`` pins the signing key (base64), otherwise the first head's is taken. Raises ``InvalidRequestError``
     naming what is no entry or head, or (code EXTRA_MISSING) if heads are given and ``cryptography`` is not installed.
     """
-    hashes: list[str] = [genesis_hash(arguments.text("tenant_id", tenant_id))]
+    hashes, ids = [genesis_hash(arguments.text("tenant_id", tenant_id))], ["genesis"]
     heads = list(_each(AuditHead, "heads", heads))
     for entry in _each(AuditLogEntry, "entries", entries):
         problem = _problem(entry, tenant_id, len(hashes), hashes[-1])
@@ -95,11 +98,13 @@ def verify_audit_log(
                 ok=False, entries=len(hashes) - 1, first_bad=len(hashes), entry_id=entry.entry_id, reason=problem
             )
         hashes.append(entry.record_hash)
+        ids.append(entry.entry_id)
     for head in sorted(heads, key=lambda kept: kept.sequence):
         problem = _head_problem(head, tenant_id, hashes, public_key or heads[0].public_key)
         if problem is not None:
-            first_bad = min(head.sequence, len(hashes))
-            return AuditVerification(ok=False, entries=len(hashes) - 1, first_bad=first_bad, reason=problem)
+            bad = max(1, min(head.sequence, len(hashes)))
+            known = ids[bad] if bad < len(ids) else None
+            return AuditVerification(ok=False, entries=len(hashes) - 1, first_bad=bad, entry_id=known, reason=problem)
     return AuditVerification(ok=True, entries=len(hashes) - 1)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from fixtures.programs import BATCH
+from fixtures.programs import BATCH, LOOPS_RANK, MODEL
 
-from tg_tinker import TrainingClient, open_artifact
+from tg_tinker import ServiceClient, TrainingClient, open_artifact
 from tg_tinker.store.keys import KeyFile
 
 pytestmark = pytest.mark.timeout(240)
@@ -63,6 +65,32 @@ def test_nothing_is_overwritten(tg, saved: str, tmp_path: Path) -> None:
     for command in (("pull", saved, "--output", there), ("export-key", there), ("export-peft", saved, tmp_path)):
         assert str(tmp_path) in tg("artifacts", *command, code=1).stderr
     assert there.read_text() == "mine"
+
+
+def test_half_a_file_is_none(tg, saved: str, tmp_path: Path) -> None:
+    """When the disk is full, a pull says so and leaves no file, so that it can be tried again."""
+    room = resource.getrlimit(resource.RLIMIT_FSIZE)
+    pulled = tmp_path / "state.tgart"
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, room[1]))
+    try:
+        assert "cannot be written" in tg("artifacts", "pull", saved, "--output", pulled, code=1).stderr
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert not pulled.exists()
+    tg("artifacts", "pull", saved, "--output", pulled)
+
+
+def test_a_published_version_is_exported_too(tg, service: ServiceClient, tmp_path: Path) -> None:
+    """What was published for sampling becomes a peft folder as a training state does, of the same base model."""
+    trainer = service.create_lora_training_client(MODEL, LOOPS_RANK, seed=1)
+    trainer.save_weights_for_sampler("published").result()
+    (artifact,) = [one for one in service.list_artifacts() if one.training_client_id == trainer.run_id]
+    assert tg.json("artifacts", "open", artifact.artifact_id)["base_model"] == MODEL
+    tg("artifacts", "export-peft", artifact.artifact_id, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == (MODEL, LOOPS_RANK)
 
 
 def test_rotation_keeps_everything_readable(tg, tc: TrainingClient, saved: str, tmp_path: Path) -> None:

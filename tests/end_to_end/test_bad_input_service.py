@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from tg_tinker.embedded import server_of
 
 pytestmark = pytest.mark.timeout(240)
 
+EAST, WEST = timezone(timedelta(hours=3)), timezone(timedelta(hours=-3))
+
 
 @pytest.mark.parametrize(
     ("call", "field"),
@@ -46,6 +49,8 @@ pytestmark = pytest.mark.timeout(240)
         (lambda service: service.get_future(3), "future_id"),
         (lambda service: service.pull_artifact(None), "artifact_id"),
         (lambda service: service.get_audit_logs(start_time="now"), "start_time"),
+        (lambda service: service.get_audit_logs(start_time=datetime.min.replace(tzinfo=EAST)), "start_time"),
+        (lambda service: service.get_audit_logs(end_time=datetime.max.replace(tzinfo=WEST)), "end_time"),
         (lambda service: service.get_audit_logs(limit=-1), "limit"),
         (lambda service: service.create_lora_training_client(""), "base_model"),
         (lambda service: service.create_lora_training_client(MODEL, 0), "rank"),

@@ -81,6 +81,18 @@ async def test_denied_access_leaves_a_trace(client):
     assert (entry.success, entry.error_code) == (False, "TRAINING_CLIENT_NOT_FOUND")
 
 
+async def test_a_failure_that_is_told_again_is_no_denial(client, engine):
+    """An operation on what is not there has its two entries, however often it is retried, and however it is asked."""
+    run = await client.create(MODEL)
+    body = {"artifact_id": "art-" + "0" * 32}
+    for _ in range(2):
+        assert (await client.post(f"{run}/load_state", body, Idempotency_Key="once")).status == 404
+    future = await client.submit(f"{run}/load_state", body, Idempotency_Key="once")
+    assert (await client.result(future))["error"]["code"] == "ARTIFACT_NOT_FOUND"
+    _, *entries = entries_of(await client.get("/v1/audit_logs"))
+    assert [(one.operation, one.event) for one in entries] == [("load_state", "accepted"), ("load_state", "ended")]
+
+
 async def test_entries_are_filtered_by_time_and_paged(client):
     """start_time, end_time, limit and offset cut the chain; a malformed time, or a limit out of range, is refused."""
     run = await client.create(MODEL)
@@ -176,17 +188,31 @@ async def test_nothing_is_pulled_while_the_log_cannot_be_written(client, monkeyp
     assert len({(entry.operation_id, entry.event) for entry in entries}) == len(entries) == 8
 
 
+async def test_a_save_that_replaces_another_says_so(client):
+    """Saving under a name again deletes what had it: that entry names both artifacts."""
+    trainer, _ = await client.trainer(MODEL)
+    for _ in range(2):
+        await client.operate(trainer, "save_state", {"name": "kept"})
+    _, first, _, second = entries_of(await client.get("/v1/audit_logs?operation=save_state"))
+    assert (first.artifact_ids_consumed, second.artifact_ids_consumed) == ((), first.artifact_ids_produced)
+    assert len(second.artifact_ids_produced) == 1
+
+
 async def test_a_file_of_a_checkpoint_leaves_with_an_entry(client):
-    """A signed URL opens a checkpoint outside of its seal: each use of it is on record."""
+    """A signed URL opens a checkpoint outside of its seal: each use of it is on record, one in vain too."""
     trainer, _ = await client.trainer(MODEL)
     await client.operate(trainer, "save_state", {"name": "kept"})
     run_id = trainer.rpartition("/")[2]
     (artifact,) = (await client.get(f"/v1/artifacts?training_client_id={run_id}")).json
     listed = await client.get(f"/v1/loops/checkpoints/{artifact['artifact_id']}/files")
     (first, *_) = listed.json["presigned_urls"]
-    assert (await client.get(first["url"].removeprefix(str(client.server.make_url("")).rstrip("/")))).status == 200
-    (entry,) = entries_of(await client.get("/v1/audit_logs?operation=pull_checkpoint_file"))
-    assert entry.artifact_ids_consumed == (artifact["artifact_id"],)
+    path = first["url"].removeprefix(str(client.server.make_url("")).rstrip("/"))
+    assert (await client.get(path)).status == 200
+    assert (await client.call("DELETE", f"/v1/artifacts/{artifact['artifact_id']}")).status == 200
+    assert (await client.get(path)).status == 404
+    entries = entries_of(await client.get("/v1/audit_logs?operation=pull_checkpoint_file"))
+    assert [(entry.success, entry.error_code) for entry in entries] == [(True, None), (False, "ARTIFACT_NOT_FOUND")]
+    assert {entry.artifact_ids_consumed for entry in entries} == {(artifact["artifact_id"],)}
 
 
 async def test_a_creation_that_fails_leaves_an_entry(client):

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tg_tinker.store.tables import audit
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.verify import AuditHead, genesis_hash, record_hash, verify_audit_log
 from tg_tinker.wire.codec import decode, dumps, loads
+from tg_tinker.wire.digest import canonical_json
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -94,7 +96,7 @@ async def test_a_rewritten_tail_needs_a_kept_head_to_be_found(log: AuditLog) -> 
         forged.append(attrs.evolve(draft, record_hash=record_hash(draft)))
     assert verify_audit_log(forged, tenant_id="acme").ok
     report = verify_audit_log(forged, tenant_id="acme", heads=[head])
-    assert (report.ok, report.first_bad) == (False, 5)
+    assert (report.ok, report.first_bad, report.entry_id) == (False, 5, entries[4].entry_id)
     assert report.reason is not None
     assert "rewritten" in report.reason
 
@@ -106,7 +108,7 @@ async def test_truncation_is_found_by_a_kept_head(log: AuditLog) -> None:
     shorter = entries[:4]
     assert verify_audit_log(shorter, tenant_id="acme").ok
     report = verify_audit_log(shorter, tenant_id="acme", heads=[head])
-    assert (report.ok, report.first_bad) == (False, 5)
+    assert (report.ok, report.first_bad, report.entry_id) == (False, 5, None)
     assert report.reason is not None
     assert "truncated: 6 entries were signed for, 4 are there" in report.reason
 
@@ -277,6 +279,58 @@ async def test_a_change_in_the_database_is_found(tmp_path: Path) -> None:
         await connection.execute(update(audit).where(where).values(entry=text))
         await connection.execute(delete(audit).where(audit.c.sequence > 4))
     assert verify_audit_log(await log.entries("acme"), tenant_id="acme", heads=[head]).first_bad == 5
+    await database.close()
+
+
+def without_success(text: str) -> str:
+    """An entry's JSON without one of its fields."""
+    return canonical_json({name: value for name, value in json.loads(text).items() if name != "success"}).decode()
+
+
+@pytest.mark.parametrize(
+    ("column", "change"),
+    [
+        ("entry", lambda _: "not JSON"),
+        ("entry", lambda _: "null"),
+        ("entry", without_success),
+        ("entry", lambda text: text.replace("{", '{"note":"added",', 1)),
+        ("entry", lambda text: text.replace('"duration_ms":', '"duration_ms":"long","was":')),
+        ("operation", lambda _: "sample"),
+        ("training_client_id", lambda _: "tc-9"),
+        ("record_hash", lambda _: "sha256:0"),
+    ],
+)
+async def test_a_row_that_was_changed_is_named_whatever_is_in_it_now(
+    tmp_path: Path, column: str, change: Callable[[str], str]
+) -> None:
+    """What cannot be read, and what is only found by other words than it says, is the first bad entry, not an error."""
+    database = await Database.open(sqlite_url(tmp_path / "test.db"))
+    log = AuditLog(database, HeadSigner(tmp_path / "audit.key"))
+    await filled(log)
+    async with database.writing() as connection:
+        where = (audit.c.tenant_id == "acme") & (audit.c.sequence == 3)
+        row = (await connection.execute(audit.select().where(where))).one()
+        await connection.execute(update(audit).where(where).values({column: change(getattr(row, column))}))
+    found = verify_audit_log(await log.entries("acme"), tenant_id="acme")
+    assert (found.ok, found.first_bad) == (False, 3)
+    await database.close()
+
+
+async def test_the_log_goes_on_behind_an_entry_that_cannot_be_read(tmp_path: Path) -> None:
+    """Spoiling the newest entry keeps none that follow out of the log: put right again, the whole verifies."""
+    database = await Database.open(sqlite_url(tmp_path / "test.db"))
+    log = AuditLog(database, HeadSigner(tmp_path / "audit.key"))
+    entries = await filled(log)
+    newest = (audit.c.tenant_id == "acme") & (audit.c.sequence == len(entries))
+    async with database.writing() as connection:
+        text = (await connection.execute(audit.select().where(newest))).one().entry
+        await connection.execute(update(audit).where(newest).values(entry="not JSON"))
+    spoiled = await log.head("acme")
+    await log.append(event(operation_id="fut-later"))
+    async with database.writing() as connection:
+        await connection.execute(update(audit).where(newest).values(entry=text))
+    found = verify_audit_log(await log.entries("acme"), tenant_id="acme", heads=[spoiled, await log.head("acme")])
+    assert (found.ok, found.entries) == (True, len(entries) + 1)
     await database.close()
 
 

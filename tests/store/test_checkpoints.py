@@ -13,7 +13,7 @@ import torch
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.store import container
 from tg_tinker.store.checkpoints import CheckpointStore
-from tg_tinker.store.index import ORPHAN_AGE
+from tg_tinker.store.index import ORPHAN_AGE, Index
 
 BAD_IDS = ["", "art-", "art-xyz", "../../etc/passwd", "art-" + "0" * 31, "art-" + "0" * 32 + "\n", "art-" + "G" * 32]
 
@@ -281,6 +281,22 @@ def test_a_missing_content_is_damage(vault) -> None:
         with pytest.raises(InvalidRequestError) as caught:
             action("acme", record.artifact_id)
         assert caught.value.code == "ARTIFACT_DAMAGED"
+
+
+@pytest.mark.parametrize("action", ["load", "pull"])
+def test_an_artifact_deleted_under_its_eyes_is_not_found(vault, monkeypatch: pytest.MonkeyPatch, action: str) -> None:
+    """What is deleted between its manifest's reading and its content's was deleted, not damaged."""
+    record, content = vault.save(), Index.content
+
+    def delete_first(self: Index, tenant: str, artifact_id: str) -> Path:
+        monkeypatch.setattr(Index, "content", content)
+        vault.store.delete(tenant, artifact_id)
+        return content(self, tenant, artifact_id)
+
+    monkeypatch.setattr(Index, "content", delete_first)
+    with pytest.raises(ResourceNotFoundError) as caught:
+        getattr(vault.store, action)("acme", record.artifact_id)
+    assert caught.value.code == "ARTIFACT_NOT_FOUND"
 
 
 def test_a_listing_survives_a_deletion_under_its_eyes(vault, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.store import files
 from tg_tinker.store.keyring import KeyRing
 from tg_tinker.store.keys import VARIABLE, KeyEnvironment, KeyFile, provider_of
 from tg_tinker.store.tink_aead import UnauthenticError
@@ -87,6 +88,31 @@ def test_erasing_makes_old_keys_unknown(tmp_path: Path) -> None:
     assert keys.current("acme") != wrapped.key_id
 
 
+def test_opening_makes_no_key(tmp_path: Path) -> None:
+    """Where a key file was lost, opening says so and puts none in its place: the lost one may be brought back."""
+    keys = KeyFile(tmp_path)
+    wrapped = keys.wrap("acme", b"keyset", b"")
+    (file,) = tmp_path.glob("*.json")
+    content = file.read_bytes()
+    file.unlink()
+    with pytest.raises(ResourceNotFoundError):
+        keys.unwrap("acme", wrapped.key_id, wrapped.ciphertext, b"")
+    assert not keys.holds("acme")
+    files.write(file, content)
+    assert keys.unwrap("acme", wrapped.key_id, wrapped.ciphertext, b"") == b"keyset"
+
+
+@pytest.mark.parametrize("action", ["erase", "rotate"])
+def test_no_half_written_file_outlives_its_keys(tmp_path: Path, action: str) -> None:
+    """What a process that was killed left beside the key file goes with the next change: it holds keys, too."""
+    keys = KeyFile(tmp_path)
+    keys.current("acme")
+    (file,) = tmp_path.glob("*.json")
+    (tmp_path / f".{file.name}.0123456789abcdef.tmp").write_bytes(file.read_bytes())
+    getattr(keys, action)("acme")
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
 def _current(folder: Path) -> str:
     return KeyFile(folder).current("acme")
 
@@ -155,6 +181,7 @@ def test_the_environment_is_changed_by_its_operator_alone(action: str) -> None:
         b"[]",
         b"{}",
         b"\xff",
+        b"[" * 100_000,
         b'{"format":"other","keys":[],"tenant":"a"}',
         json.dumps({"format": "tg-keys/1", "tenant": "a", "keys": []}).encode(),
         json.dumps({"format": "tg-keys/1", "tenant": "a", "keys": ["AAAA"]}).encode(),

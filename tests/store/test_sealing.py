@@ -15,7 +15,7 @@ from tg_tinker.store import tink_aead
 from tg_tinker.store.checkpoints import ArtifactRecord
 from tg_tinker.store.keys import KeyFile
 from tg_tinker.store.offline import open_artifact
-from tg_tinker.store.sealing import MAGIC, Identity, Manifest, bundle
+from tg_tinker.store.sealing import MAGIC, Manifest, bundle
 from tg_tinker.wire.digest import canonical_json, sha256_hex
 
 DAMAGED, MISMATCH, UNKNOWN = "ARTIFACT_DAMAGED", "ARTIFACT_MISMATCH", "KEY_NOT_FOUND"
@@ -122,6 +122,20 @@ def test_an_artifact_in_the_place_of_another_is_a_mismatch(vault) -> None:
     swap(vault, first, second, 1)
     for record in (first, second):
         assert code_of(lambda record=record: vault.store.load("acme", record.artifact_id)) == MISMATCH
+        assert code_of(lambda record=record: vault.store.pull("acme", record.artifact_id)) == MISMATCH
+
+
+def test_rotation_leaves_what_lies_in_another_place_alone(vault) -> None:
+    """Swapped files are passed over, so that they can be swapped back; listings leave them out."""
+    first, second = vault.save(), vault.save()
+    for part in (0, 1):
+        swap(vault, first, second, part)
+    vault.keys.rotate("acme")
+    assert vault.store.rewrap("acme") == 0
+    assert list(vault.store.list("acme")) == []
+    for part in (0, 1):
+        swap(vault, first, second, part)
+    assert [vault.store.load("acme", one.artifact_id).record for one in (first, second)] == [first, second]
 
 
 def test_swapped_contents_are_damage(vault) -> None:
@@ -146,6 +160,7 @@ def test_an_artifact_moved_to_another_tenant_stays_shut(vault) -> None:
     for path in vault.files(record):
         path.rename(place / path.name)
     assert code_of(lambda: vault.store.load("mallory", record.artifact_id)) == UNKNOWN
+    assert code_of(lambda: vault.store.pull("mallory", record.artifact_id)) == UNKNOWN
     forged(place / f"{record.artifact_id}.json", tenant="mallory")
     assert code_of(lambda: vault.store.load("mallory", record.artifact_id)) == UNKNOWN
 
@@ -192,15 +207,31 @@ def test_a_key_id_that_is_no_text_is_damage(vault, key_id: object) -> None:
     assert code_of(lambda: vault.store.load("acme", record.artifact_id)) == DAMAGED
 
 
-def test_a_manifest_without_its_fields_is_damage(vault) -> None:
-    """A forged manifest that lacks what a listing shows is refused, and left out of listings."""
-    record = vault.save()
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"created_at": None},
+        {"privacy": ...},
+        {"created_at": "2026-01-02T03:04:05"},
+        {"expires_at": "2026-01-02T03:04:05"},
+        {"step": "?"},
+        {"name": 5},
+        {"run_id": None},
+        {"metadata": []},
+        {"privacy": "none"},
+    ],
+)
+def test_a_manifest_of_other_fields_is_damage(vault, change: dict[str, object]) -> None:
+    """A forged manifest that lacks what a listing shows is refused; listings and sweeps pass over it alone."""
+    record, other = vault.save(), vault.save()
     path = vault.files(record)[0]
     manifest = Manifest.from_bytes(path.read_bytes())
-    identity = Identity("acme", record.artifact_id, "tg_state")
-    path.write_bytes(Manifest(identity, {"step": "?"}, manifest.wrapped, manifest.ciphertext_bytes).to_bytes())
-    assert code_of(lambda: vault.store.get("acme", record.artifact_id)) == DAMAGED
-    assert list(vault.store.list("acme")) == []
+    header = {name: value for name, value in (manifest.header | change).items() if value is not ...}
+    path.write_bytes(Manifest(manifest.identity, header, manifest.wrapped, manifest.ciphertext_bytes).to_bytes())
+    for action in (vault.store.get, vault.store.load, vault.store.pull):
+        assert code_of(lambda action=action: action("acme", record.artifact_id)) == DAMAGED
+    assert list(vault.store.list("acme")) == [other]
+    assert vault.store.sweep(other.created_at) == 0
 
 
 def test_a_bundle_is_magic_length_manifest_ciphertext(vault) -> None:

@@ -128,12 +128,16 @@ def _keep(path: Path, heads: Sequence[AuditHead], head: AuditHead) -> None:
 
 
 def _verify_file(log: Path, heads: Sequence[AuditHead]) -> AuditVerification:
+    from tg_tinker.types import checks
     from tg_tinker.types.results import AuditLogEntry
     from tg_tinker.verify import verify_audit_log
     from tg_tinker.wire import codec
 
     try:
-        entries = codec.decode(list[AuditLogEntry], codec.loads(local_files.read(log)))
+        told = codec.loads(local_files.read(log))
+        entries = codec.decode(list[AuditLogEntry], told)
+        for fields in told:  # no hash would cover what is added here
+            checks.refuse_unknown(AuditLogEntry, fields)
     except InvalidRequestError as error:
         message = f"{log} is no log, as `tg-tinker audit ls --all --format json` gives it: {error}"
         raise InvalidRequestError(message, field="log") from error

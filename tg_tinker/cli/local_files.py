@@ -25,13 +25,18 @@ def read(path: Path) -> bytes:
 
 
 def write(path: Path, content: bytes, *, private: bool = False) -> None:
-    """Write a file that is not there yet; a private one is readable by its owner alone.
+    """Write a file that is not there yet, whole or not at all; a private one is readable by its owner alone.
 
     Raises ``InvalidRequestError``.
     """
     try:
-        with os.fdopen(os.open(path, _NEW, 0o600 if private else 0o666), "wb") as file:
-            file.write(content)
+        file = os.fdopen(os.open(path, _NEW, 0o600 if private else 0o666), "wb")
+        try:
+            with file:
+                file.write(content)
+        except BaseException:  # whatever it was, Ctrl-C among it: half a file must not look like one
+            path.unlink()
+            raise
     except OSError as error:
         raise _refused(path, "written", error) from error
 

@@ -53,7 +53,7 @@ def open_artifact(
         **{name: header[name] for name in ("run_id", "name", "step", "created_at", "expires_at", "privacy")},
         "metadata": header["metadata"],
         "key_id": opened.manifest["encryption"]["key_id"],
-        "base_model": opened.counters.get("base_model"),
+        "base_model": _base_model(opened),
         "numbers": sum(array.size for array in opened.tensors.values()),
         "written_to": None if target is None else str(target),
     }
@@ -75,13 +75,14 @@ def export_peft(source: str, target: Path, key: Path | None, folder: Path | None
 
     opened = _opened(source, key, folder, tenant)
     spec: dict[str, Any] | None = opened.counters.get("spec")
-    if spec is None:
+    base = _base_model(opened)
+    if spec is None or base is None:
         raise InvalidRequestError(f"{source} holds no adapter", field="source", constraint="a saved training state")
     local_files.make_empty_folder(target)
     peft_export.export_peft(
         target,
         opened.tensors,
-        base_model=opened.counters["base_model"],
+        base_model=base,
         rank=spec["rank"],
         alpha=spec["alpha"],
         dropout=spec["dropout"],
@@ -129,6 +130,12 @@ def rotate_key(folder: Path | None, tenant: str, output: str, *, rewrap_only: bo
     out.say(line, {"key_id": key_id, "tenant": tenant, "rewrapped": count}, output)
     if not rewrap_only:
         out.hint("key files exported before do not hold it: export again with `tg-tinker artifacts export-key`")
+
+
+def _base_model(opened: Opened) -> str | None:
+    """What the adapter was trained on, which the server notes in every kind of artifact."""
+    base: str | None = opened.counters.get("server", {}).get("base_model")
+    return base
 
 
 def _opened(source: str, key: Path | None, folder: Path | None, tenant: str) -> Opened:

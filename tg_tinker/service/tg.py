@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tg_tinker.core.call import Call, Flow, call
@@ -20,6 +18,7 @@ from tg_tinker.errors import ResourceNotFoundError, TGTinkerError
 from tg_tinker.faces import blocking, twin
 from tg_tinker.futures import OperationFuture
 from tg_tinker.service.base import ServiceBase
+from tg_tinker.service.destination import check_destination, write
 from tg_tinker.training import TrainingClient
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.config import TrainingConfig
@@ -30,6 +29,8 @@ from tg_tinker.wire.route import Route
 from tg_tinker.wire.tg import FutureInfo
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tg_tinker.verify import AuditHead, AuditVerification
 
 __all__ = ["TGService"]
@@ -208,7 +209,7 @@ class TGService(ServiceBase):
             timeout=self.config.timeout,
         )
         if destination is not None:
-            _check_destination(destination)
+            check_destination(destination)
         return Flow(operation="pull_artifact", steps=partial(self._pull, get, destination, progress))
 
     pull_artifact_async = twin(pull_artifact)
@@ -218,7 +219,7 @@ class TGService(ServiceBase):
     ) -> bytes:
         content = await (self.core.perform(get) if progress is None else self._watched(get, progress))
         if destination is not None:
-            await asyncio.to_thread(_write, destination, content)
+            await asyncio.to_thread(write, destination, content)
         return content
 
     async def _watched(self, get: Call[bytes], progress: Callable[[int], object]) -> bytes:
@@ -316,19 +317,10 @@ def _time(field: str, value: object) -> str | None:
         return None
     if not isinstance(value, datetime):
         raise checks.refuse(field, "a datetime, or None", value)
-    return value.astimezone().isoformat()
-
-
-def _check_destination(destination: object) -> None:
-    if not isinstance(destination, str | os.PathLike):
-        raise checks.refuse("destination", "a file to write, or None", destination)
-    place = Path(destination).expanduser().absolute()
-    if place.is_dir() or not place.parent.is_dir():
-        raise checks.refuse("destination", "a file, in a folder that is there", destination)
-
-
-def _write(destination: str | Path, content: bytes) -> None:
-    Path(destination).expanduser().write_bytes(content)
+    try:
+        return value.astimezone(UTC).isoformat()
+    except (ValueError, OverflowError):  # the first or last hours of the calendar, in another zone
+        raise checks.refuse(field, "a time that UTC has as well", value) from None
 
 
 def _body(reply: Reply) -> bytes:

@@ -5,8 +5,8 @@ Entries hold keyed digests of inputs, never inputs. The pure half, which clients
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import json
 import secrets
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,20 +14,27 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 from sqlalchemy import insert, select
 
+from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store import files
 from tg_tinker.store.tables import audit
+from tg_tinker.types import checks
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.verify import AuditHead, genesis_hash, key_id_of, record_hash
+from tg_tinker.wire import codec
 from tg_tinker.wire.digest import canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from sqlalchemy import Select
+    from sqlalchemy import Row, Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from tg_tinker.store.database import Database
+
+ALTERED = "ENTRY_ALTERED"
+#: what stands in columns of its own as well, to be found by
+_COPIED = ("tenant_id", "sequence", "operation_id", "event", "training_client_id", "operation", "record_hash")
 
 
 @attrs.frozen(kw_only=True)
@@ -140,14 +147,15 @@ class AuditLog:
         if end_time is not None:
             query = query.where(audit.c.timestamp <= end_time)
         async with self._database.reading() as connection:
-            return [_entry(str(row[0])) for row in await connection.execute(query)]
+            rows = (await connection.execute(query)).all()
+        return await asyncio.to_thread(lambda: list(map(_entry, rows)))  # a long page would stall the loop
 
 
-def _of(tenant_id: str) -> Select[tuple[Any]]:
-    return select(audit.c.entry).where(audit.c.tenant_id == tenant_id)
+def _of(tenant_id: str) -> Select[Any]:
+    return select(*(audit.c[name] for name in (*_COPIED, "entry"))).where(audit.c.tenant_id == tenant_id)
 
 
-def _newest(tenant_id: str) -> Select[tuple[Any]]:
+def _newest(tenant_id: str) -> Select[Any]:
     return _of(tenant_id).order_by(audit.c.sequence.desc()).limit(1)
 
 
@@ -159,12 +167,12 @@ async def _known(connection: AsyncConnection, tenant_id: str, events: Sequence[A
     """Find the entries of these events' operations, accepted and ended ones alike."""
     operations = sorted({event.operation_id for event in events})
     found = await connection.execute(_of(tenant_id).where(audit.c.operation_id.in_(operations)))
-    return [_entry(str(row[0])) for row in found]
+    return [_entry(row) for row in found]
 
 
-async def _first(connection: AsyncConnection, query: Select[tuple[Any]]) -> AuditLogEntry | None:
+async def _first(connection: AsyncConnection, query: Select[Any]) -> AuditLogEntry | None:
     found = (await connection.execute(query)).first()
-    return None if found is None else _entry(str(found[0]))
+    return None if found is None else _entry(found)
 
 
 def _linked(event: AuditEvent, last: AuditLogEntry | None) -> AuditLogEntry:
@@ -181,16 +189,33 @@ def _linked(event: AuditEvent, last: AuditLogEntry | None) -> AuditLogEntry:
 
 
 def _row(entry: AuditLogEntry) -> dict[str, Any]:
-    copied = ("tenant_id", "sequence", "operation_id", "event", "training_client_id", "operation", "timestamp")
     return {
-        **{name: getattr(entry, name) for name in (*copied, "record_hash")},
+        **{name: getattr(entry, name) for name in (*_COPIED, "timestamp")},
         "entry": canonical_json(entry.to_dict()).decode(),
     }
 
 
-def _entry(text: str) -> AuditLogEntry:
-    fields = json.loads(text)
-    fields["timestamp"] = datetime.fromisoformat(fields["timestamp"])
-    for name in ("artifact_ids_produced", "artifact_ids_consumed"):
-        fields[name] = tuple(fields[name])
-    return AuditLogEntry(**fields)
+def _entry(row: Row[Any]) -> AuditLogEntry:
+    """Read a row. One that was changed keeps its place in the chain, and cannot match its hash: verifying names it."""
+    columns = {name: getattr(row, name) for name in _COPIED}
+    try:
+        fields = codec.loads(str(row.entry).encode())
+        entry = codec.decode(AuditLogEntry, fields)
+        checks.refuse_unknown(AuditLogEntry, fields)
+    except InvalidRequestError:
+        return AuditLogEntry(**columns, **_UNREADABLE)
+    if all(getattr(entry, name) == value for name, value in columns.items()):
+        return entry
+    return attrs.evolve(entry, **columns, error_code=ALTERED, error_message="its row in the database was changed")
+
+
+_UNREADABLE: dict[str, Any] = {
+    **{field.name: None for field in attrs.fields(AuditLogEntry) if field.name not in _COPIED},
+    "entry_id": "unreadable",
+    "timestamp": datetime.fromtimestamp(0, UTC),
+    "error_code": ALTERED,
+    "error_message": "what is stored of this entry cannot be read: it was changed",
+    "artifact_ids_produced": (),
+    "artifact_ids_consumed": (),
+    "prev_hash": "",
+}

@@ -100,8 +100,8 @@ class CheckpointStore:
                 size = path.stat().st_size
                 content = sealing.unseal(manifest, ciphertext, size, self._unwrap(tenant))
         except FileNotFoundError as error:
-            raise sealing.damaged("its content is gone") from error
-        if (manifest.identity.tenant, manifest.identity.artifact_id) != (tenant, artifact_id):
+            raise self._lost(tenant, artifact_id) from error
+        if not manifest.identity.names(tenant, artifact_id):
             raise sealing.mismatch(artifact_id)
         return Loaded(record_of(manifest), *container.unpack(content))
 
@@ -137,13 +137,21 @@ class CheckpointStore:
     def pull(self, tenant: str, artifact_id: str) -> bytes:
         """Give the sealed artifact as one string of bytes that opens anywhere with the tenant's key.
 
-        Raises ``ResourceNotFoundError``.
+        Raises ``ResourceNotFoundError``, or ``InvalidRequestError`` where its files are gone or another artifact's.
         """
         manifest = self._index.get(tenant, artifact_id)
+        if not manifest.identity.names(tenant, artifact_id):
+            sealing.unwrap_keyset(manifest, self._unwrap(tenant))
+            raise sealing.mismatch(artifact_id)
         try:
             return sealing.bundle(manifest, self._index.content(tenant, artifact_id).read_bytes())
         except FileNotFoundError as error:
-            raise sealing.damaged("its content is gone") from error
+            raise self._lost(tenant, artifact_id) from error
+
+    def _lost(self, tenant: str, artifact_id: str) -> InvalidRequestError:
+        """Say that a ciphertext is gone; raises ``ResourceNotFoundError`` where its artifact was deleted meanwhile."""
+        self._index.get(tenant, artifact_id)
+        return sealing.damaged("its content is gone")
 
     def delete(self, tenant: str, artifact_id: str) -> None:
         """Remove an artifact for good, also one that is damaged.

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import attrs
+from attrs.validators import instance_of, optional
 
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.store import files, sealing, tink_aead
@@ -43,14 +44,14 @@ class ArtifactRecord:
 
     artifact_id: str
     tenant: str
-    run_id: str
+    run_id: str = attrs.field(validator=instance_of(str))
     kind: str
-    name: str | None
-    step: int
+    name: str | None = attrs.field(validator=optional(instance_of(str)))
+    step: int = attrs.field(validator=instance_of(int))
     size_bytes: int
     encryption: EncryptionInfo
-    metadata: dict[str, Any]
-    privacy: dict[str, Any] | None
+    metadata: dict[str, Any] = attrs.field(validator=instance_of(dict))
+    privacy: dict[str, Any] | None = attrs.field(validator=optional(instance_of(dict)))
     created_at: datetime
     expires_at: datetime | None
 
@@ -195,11 +196,19 @@ def record_of(manifest: Manifest) -> ArtifactRecord:
             encryption=EncryptionInfo(
                 algorithm=sealing.ALGORITHM, key_id=manifest.wrapped.key_id, format=tink_aead.STREAM_FORMAT
             ),
-            created_at=datetime.fromisoformat(header["created_at"]),
-            expires_at=None if header["expires_at"] is None else datetime.fromisoformat(header["expires_at"]),
+            created_at=_time(header["created_at"]),
+            expires_at=None if header["expires_at"] is None else _time(header["expires_at"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise sealing.damaged("its manifest lacks fields") from error
+
+
+def _time(text: str) -> datetime:
+    """Read a moment, which is never written without its zone."""
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError(text)
+    return time
 
 
 def _all_readable(folder: Path, suffix: str) -> Iterator[Manifest]:
@@ -214,10 +223,12 @@ def _readable(path: Path) -> Manifest | None:
     try:
         manifest = sealing.Manifest.from_bytes(path.read_bytes())
         record_of(manifest)
+        if (folder_name(manifest.identity.tenant), manifest.identity.artifact_id) != (path.parent.name, path.stem):
+            raise sealing.mismatch(path.stem)
     except FileNotFoundError:
         return None  # deleted, or put aside, while we looked
     except InvalidRequestError:
-        _log.warning("the manifest %s is damaged", path.name)
+        _log.warning("the manifest %s is damaged, or another artifact's", path.name)
         return None
     return manifest
 

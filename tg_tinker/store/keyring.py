@@ -58,7 +58,7 @@ class KeyRing:
                 raise ValueError(FORMAT)
             keys = [base64.b64decode(key, validate=True) for key in fields["keys"]]
             tenant = str(fields["tenant"])
-        except (ValueError, KeyError, TypeError, binascii.Error) as error:
+        except (ValueError, KeyError, TypeError, binascii.Error, RecursionError) as error:
             raise _bad_key_file() from error
         if not keys or any(len(key) != tink_aead.KEY_BYTES for key in keys):
             raise _bad_key_file()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import os
 import secrets
 import stat
@@ -14,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store import files, tink_aead
-from tg_tinker.store.keyring import KeyRing, Wrapped
+from tg_tinker.store.keyring import KeyRing, Wrapped, unknown_key
 from tg_tinker.store.names import check_label, folder_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Generator, Mapping
     from pathlib import Path
 
 VARIABLE = "TG_TINKER_MASTER_KEYS"
@@ -83,19 +84,22 @@ class KeyFile:
         return self._ring(tenant).wrap(keyset, aad)
 
     def unwrap(self, tenant: str, key_id: str, ciphertext: bytes, aad: bytes) -> bytes:
-        """Decrypt a keyset under whichever key wrapped it."""
-        return self._ring(tenant).unwrap(key_id, ciphertext, aad)
+        """Decrypt a keyset under whichever key wrapped it; no key is made for that."""
+        if not self.holds(tenant):
+            raise unknown_key(key_id)
+        return self._read(tenant).unwrap(key_id, ciphertext, aad)
 
     def rotate(self, tenant: str) -> str:
         """Add a key and make it current; the file keeps all older ones."""
-        with files.locked(self._folder / ".lock"):
-            ring = self._ring(tenant).with_new_key()
+        with self._locked():
+            self._make(tenant)
+            ring = self._read(tenant).with_new_key()
             files.write(self._path(tenant), ring.to_bytes())
         return ring.current
 
     def erase(self, tenant: str) -> None:
         """Destroy the tenant's key file: all of the tenant's artifacts become unreadable, for ever."""
-        with files.locked(self._folder / ".lock"):
+        with self._locked():
             self._path(tenant).unlink(missing_ok=True)
             files.sync_folder(self._folder)
 
@@ -110,10 +114,26 @@ class KeyFile:
     def _path(self, tenant: str) -> Path:
         return self._folder / f"{folder_name(tenant)}.json"
 
+    @contextlib.contextmanager
+    def _locked(self) -> Generator[None]:
+        """Hold the folder; what another process left half written there holds keys, and is removed."""
+        with files.locked(self._folder / ".lock"):
+            for path in self._folder.glob(f".*{files.TEMPORARY_SUFFIX}"):
+                path.unlink()
+            yield
+
     def _ring(self, tenant: str) -> KeyRing:
+        if not self.holds(tenant):
+            with self._locked():
+                self._make(tenant)
+        return self._read(tenant)
+
+    def _make(self, tenant: str) -> None:
+        """Make a key where there is none; the folder is ``_locked``."""
+        files.create(self._path(tenant), KeyRing.of(tenant, secrets.token_bytes(tink_aead.KEY_BYTES)).to_bytes())
+
+    def _read(self, tenant: str) -> KeyRing:
         path = self._path(tenant)
-        if not path.exists():
-            files.create(path, KeyRing.of(tenant, secrets.token_bytes(tink_aead.KEY_BYTES)).to_bytes())
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise InvalidRequestError(f"the key file {path.name} is open to others; chmod 600 it", field="key")
         ring = KeyRing.from_bytes(path.read_bytes())

@@ -37,6 +37,10 @@ class Identity:
     artifact_id: str
     kind: str
 
+    def names(self, tenant: str, artifact_id: str) -> bool:
+        """Tell whether this is the artifact that was asked for."""
+        return (self.tenant, self.artifact_id) == (tenant, artifact_id)
+
     def associated_data(self) -> bytes:
         """Encode what the wrapping of the artifact's keyset is bound to."""
         fields = {"artifact_id": self.artifact_id, "kind": self.kind, "tenant": self.tenant}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from aiohttp import web
 
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.server.api import common, query
 from tg_tinker.server.middleware import error_response, event_id
 from tg_tinker.server.serving.published import check_serves
@@ -88,8 +89,13 @@ async def file(request: web.Request) -> web.Response:
     """One file, to whoever holds its signed URL."""
     rooms, name = common.rooms_of(request), request.match_info["name"]
     grant = rooms.exports.verify(request.match_info["token"], name)
-    content, taken = await rooms.exports.content(grant), (grant.artifact_id,)
-    await rooms.auditing.happened(grant.tenant, "pull_checkpoint_file", event_id(request), artifact_ids_consumed=taken)
+    pulled = partial(rooms.auditing.happened, grant.tenant, "pull_checkpoint_file", event_id(request))
+    try:
+        content = await rooms.exports.content(grant)
+    except TGTinkerError as error:
+        await pulled(error, artifact_ids_consumed=(grant.artifact_id,))
+        raise
+    await pulled(artifact_ids_consumed=(grant.artifact_id,))
     guarded = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "Content-Disposition": "attachment"}
     return _piece(request, content, guarded)
 

@@ -11,7 +11,8 @@ from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.api import common, query, streams
-from tg_tinker.server.records.tickets import Ticket, outcome_of
+from tg_tinker.server.middleware import error_response
+from tg_tinker.server.records.tickets import Ticket
 from tg_tinker.server.training import tg_operations
 from tg_tinker.server.training.runs import Run
 from tg_tinker.types import arguments, checks, results
@@ -172,7 +173,11 @@ async def _answer(request: web.Request, ticket: Ticket, *, abandon: bool = False
     finally:
         if abandon and not ticket.done:
             common.rooms_of(request).tickets.stop(ticket)
-    return web.Response(body=await outcome_of(ticket), content_type="application/json")
+    error = ticket.error()
+    if error is None:
+        return web.Response(body=await ticket.body(), content_type="application/json")
+    ticket.tell_failure()
+    return error_response(request, error)  # not raised: it is on record as the operation's end, and no denial beside
 
 
 def _new_run(fields: dict[str, Any]) -> tuple[TrainingConfig, str | None]:

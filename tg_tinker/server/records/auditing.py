@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from typing import TYPE_CHECKING, Any, Literal
 
-from tg_tinker.errors import TGTinkerError
+from tg_tinker.errors import InvalidRequestError, TGTinkerError
 from tg_tinker.server.records.background_writer import BackgroundWriter
 from tg_tinker.server.records.tickets import Ticket
 from tg_tinker.wire import codec
@@ -61,7 +61,7 @@ class Auditing:
             "ended",
             timestamp=ended,
             success=error is None,
-            **_failure(error),
+            **failure(error),
             duration_ms=(ended - ticket.created_at).total_seconds() * 1e3,
             artifact_ids_produced=tuple(ticket.produced),
             artifact_ids_consumed=tuple(ticket.consumed),
@@ -84,7 +84,7 @@ class Auditing:
             operation_id=operation_id,
             event="ended",
             success=error is None,
-            **_failure(error),
+            **failure(error),
             **fields,
         )
         self._note(event)
@@ -133,5 +133,11 @@ def _event(ticket: Ticket, event: Literal["accepted", "ended"], **fields: Any) -
     )
 
 
-def _failure(error: TGTinkerError | None) -> dict[str, Any]:
-    return {} if error is None else {"error_code": error.code, "error_message": error.message}
+def failure(error: TGTinkerError | None) -> dict[str, Any]:
+    """What the log says of an error: of a refused request where and what was expected, for what came is an input."""
+    if error is None:
+        return {}
+    message = error.message
+    if isinstance(error, InvalidRequestError) and error.constraint is not None:
+        message = f"{error.field or 'request'}: expected {error.constraint}"
+    return {"error_code": error.code, "error_message": message}

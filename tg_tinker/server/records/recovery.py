@@ -13,6 +13,8 @@ import attrs
 
 from tg_tinker.errors import ServerRestartedError
 from tg_tinker.server.records import trail
+from tg_tinker.server.records.auditing import failure
+from tg_tinker.wire.errors import from_wire
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -88,14 +90,14 @@ def _events(row: FutureRow) -> list[AuditEvent]:
         training_client_id=row.run_id,
         timestamp=row.created_at,
     )
-    error, ended = row.error or {}, row.completed_at or row.created_at
+    error = None if row.error is None else from_wire(row.error)
+    ended = row.completed_at or row.created_at
     outcome = attrs.evolve(
         accepted,
         event="ended",
         timestamp=ended,
-        success=row.error is None,
-        error_code=error.get("code"),
-        error_message=error.get("message"),
+        success=error is None,
+        **failure(error),
         duration_ms=(ended - row.created_at).total_seconds() * 1e3,
     )
     return [accepted, outcome]

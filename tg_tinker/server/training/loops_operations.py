@@ -85,7 +85,7 @@ def save_state(
             publishing.work()
         record = saving.work()
         ticket.produced.append(record.artifact_id)
-        _move_name(run, store, record)
+        ticket.consumed += _move_name(run, store, record)
         return results.SaveWeightsResponse(mode="local", path=str(uri))
 
     return Offline(write)
@@ -139,7 +139,7 @@ def _publish(
             raise
         ticket.produced.append(record.artifact_id)
         run.versions.shelf.add(version.number, record)
-        _move_name(run, store, record, version.number)
+        ticket.consumed += _move_name(run, store, record, version.number)
         return results.SaveWeightsForSamplerResponse(version=version.number, path=str(uri), mode="local")
 
     return Offline(write)
@@ -199,27 +199,31 @@ def _expiry(ttl_seconds: int | None) -> datetime | None:
     return None if ttl_seconds is None else datetime.now(UTC) + timedelta(seconds=ttl_seconds)
 
 
-def _move_name(run: Run, store: CheckpointStore, record: ArtifactRecord, version: int = 0) -> None:
+def _move_name(run: Run, store: CheckpointStore, record: ArtifactRecord, version: int = 0) -> list[str]:
     """The name is ``record``'s now: delete what had it before, unless that has a time to live of its own.
 
-    A published version is put aside instead, for whoever is pinned to it.
+    A published version is put aside instead, for whoever is pinned to it. Gives the ids of what was deleted.
     """
     key = (record.kind, str(record.name))
     older = run.named.get(key)
     run.named[key] = record.artifact_id, version
     if older is None:
-        return
+        return []
     with contextlib.suppress(ResourceNotFoundError):  # it was deleted, or has expired
         if store.get(run.tenant, older[0]).expires_at is not None:
-            return
+            return []
         if version:
-            _put_aside(run, store, *older)
-        else:
-            store.delete(run.tenant, older[0])
+            return _put_aside(run, store, *older)
+        store.delete(run.tenant, older[0])
+        return [older[0]]
+    return []
 
 
-def _put_aside(run: Run, store: CheckpointStore, artifact_id: str, version: int) -> None:
+def _put_aside(run: Run, store: CheckpointStore, artifact_id: str, version: int) -> list[str]:
     store.put_aside(run.tenant, artifact_id)
+    deleted = []
     for gone in run.versions.shelf.put_aside(version):
         with contextlib.suppress(ResourceNotFoundError):
             store.delete(run.tenant, gone.artifact_id)
+            deleted.append(gone.artifact_id)
+    return deleted
