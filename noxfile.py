@@ -31,13 +31,13 @@ CHECKED = ("tg_tinker", "tests", "examples", "benchmarks", "noxfile.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def install(session: nox.Session, *packages: str, torch: bool = False) -> None:
+def install(session: nox.Session, *packages: str, torch: bool = False, pinned: bool = True) -> None:
     """Install into the session's own environment; torch first, exactly pinned, so that nothing asks for another."""
     if not session.virtualenv.is_sandboxed:
         return
     if torch:
         session.install(TORCH)
-    session.install(*CONSTRAINTS, *packages)
+    session.install(*(CONSTRAINTS if pinned else ()), *packages)
 
 
 def present(*paths: str) -> list[str]:
@@ -56,6 +56,15 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, with pytest's own arguments after ``--``."""
     install(session, "-e", ".[server,dev]", torch=True)
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(default=False)
+def tests_newest(session: nox.Session) -> None:
+    """Run the tests with the newest releases instead of those in constraints.txt, and list what these are."""
+    newest = ("--upgrade", "--upgrade-strategy", "eager", TORCH)
+    install(session, *newest, "-e", ".[server,dev]", torch=True, pinned=False)
+    session.run("python", "-m", "pip", "freeze", "--exclude-editable")
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 

@@ -151,14 +151,17 @@ class Home(ABC):
             raise
         return job.outcome()
 
-    async def hop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` at home and await it; cancelling the caller cancels the work and lets it clean up."""
+    async def hop(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what ``start`` makes at home and await it; cancelling the caller cancels it and lets it clean up.
+
+        A caller that is cancelled before its first step has made nothing that somebody would have to await.
+        """
         if self.is_here():
             try:
-                return await work
+                return await start()
             except TGTinkerError as error:
                 raise _bare(error)  # noqa: B904 - the same error, without the frames in between
-        job = self.spawn(work)
+        job = self.spawn(start())
         try:
             await job.ended.wait_async()
         except BaseException as error:

@@ -103,22 +103,21 @@ def blocking(plan: Callable[Concatenate[S, P], Plan[R]]) -> Callable[Concatenate
 
     def perform(client: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         client.core.home.check_blocking(f"{name}()")
-        work = _work(client.core, plan(client, *args, **kwargs))
-        return client.core.home.run(work)
+        start = _begun(client.core, plan(client, *args, **kwargs))
+        return client.core.home.run(start())
 
     def perform_async(client: S, /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
-        work = _work(client.core, plan(client, *args, **kwargs))
-        return client.core.home.hop(work)
+        return client.core.home.hop(_begun(client.core, plan(client, *args, **kwargs)))
 
     name = plan.__name__
     return _publish(perform, perform_async, plan, "{}", "Coroutine[Any, Any, {}]")
 
 
-def _work(core: RunCore, plan: Plan[R]) -> Coroutine[Any, Any, R]:
+def _begun(core: RunCore, plan: Plan[R]) -> Callable[[], Coroutine[Any, Any, R]]:
     if isinstance(plan, Call):
-        return core.perform(plan)
+        return core.begin(plan)
     if isinstance(plan, Flow):
-        return plan.run()
+        return plan.run
     raise TypeError(f"a plan of a direct operation returns a Call or a Flow, not {plan!r}")
 
 

@@ -122,7 +122,7 @@ def _in_order(first: str | None, second: str | None) -> tuple[str | None, str | 
 
 
 def _is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
+    return text.lower().startswith(("http://", "https://"))
 
 
 def _url(text: str) -> str:

@@ -6,7 +6,6 @@ Made by ``ServiceClient.create_training_client``. The Loops client of the same n
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, Unpack, final
@@ -222,11 +221,8 @@ class TrainingClient:
         """
         if not isinstance(prompts, str):
             raise checks.refuse("prompts", "a single string (sample takes several)", prompts)
-        for name in kwargs:
-            if name not in StreamOptions.__annotations__:
-                near = difflib.get_close_matches(name, StreamOptions.__annotations__, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise InvalidRequestError(f"sample_stream has no argument {name!r}{hint}", field=name)
+        known = ("prompts", "max_tokens", "temperature", *StreamOptions.__annotations__)
+        checks.refuse_others(kwargs, known, "no argument of sample_stream")
         body = tg.SampleRequest(
             prompts=arguments.texts("prompts", prompts), max_tokens=max_tokens, temperature=temperature, **kwargs
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import os
 import threading
+import warnings
 
 import pytest
 from fixtures.client import Toy, connect
@@ -109,7 +111,7 @@ def test_a_hop_that_is_dropped_stops_its_work(toy: Toy) -> None:
             ended.set()
 
     async def main() -> None:
-        hop = toy.core.home.hop(forever())
+        hop = toy.core.home.hop(forever)
         task = asyncio.current_task()
         assert task is not None
         hop.send(None)
@@ -118,6 +120,24 @@ def test_a_hop_that_is_dropped_stops_its_work(toy: Toy) -> None:
 
     asyncio.run(main())
     assert ended.wait(5)
+
+
+@pytest.mark.parametrize("name", ["sample_async", "health_async"])
+def test_a_call_that_is_cancelled_before_its_first_step_leaves_nothing_behind(toy: Toy, name: str) -> None:
+    """A task group that fails at once cancels tasks that never ran: no coroutine of ours is left to be awaited."""
+    arguments = ("a prompt",) if name == "sample_async" else ()
+
+    async def main() -> None:
+        task = asyncio.create_task(getattr(toy, name)(*arguments))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        asyncio.run(main())
+        gc.collect()
+    assert [str(warning.message) for warning in seen] == []
 
 
 def test_ctrl_c_inside_work_ends_the_users_own_loop() -> None:

@@ -14,9 +14,10 @@ from fixtures.programs import BATCH, tg_config
 from tg_tinker import DPConfig, InvalidRequestError, ServiceClient, TrainingClient
 from tg_tinker.server.ownership import Ownership
 from tg_tinker.store.checkpoints import CheckpointStore
-from tg_tinker.store.database import Database, database_file, sqlite_url
+from tg_tinker.store.database import Database, database_file
 from tg_tinker.store.keys import provider_of
 from tg_tinker.store.rows import RunRow
+from tg_tinker.store.sqlite import sqlite_url
 
 pytestmark = pytest.mark.timeout(240)
 

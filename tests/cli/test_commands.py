@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -84,6 +86,39 @@ def test_what_names_a_row_is_never_broken(monkeypatch: pytest.MonkeyPatch, capsy
     assert row["id"] in lines[1]
     assert len(lines) > 2
     assert max(map(len, lines)) <= 60
+
+
+def test_what_is_piped_is_one_line_a_field(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A hash, a path or a command in the output of `show` and `doctor` can be found by grep, however narrow it is."""
+    monkeypatch.setenv("COLUMNS", "40")
+    long = "word " * 5000 + "end"
+    out.show_one({"id": "fut-1", "result": {"hash": "f" * 200}, "text": long}, "table")
+    assert capsys.readouterr().out.splitlines() == [
+        "id      fut-1", f'result  {{"hash": "{"f" * 200}"}}', f"text    {long}",
+    ]  # fmt: skip
+    advice = "-> tg-tinker models fetch smollm2-135m (the demo does it by itself)"
+    assert advice in [line.strip() for line in tg_tinker("doctor").output.splitlines()]
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_a_reader_that_has_read_enough_is_no_error(home: Path, form: str) -> None:
+    """Where nobody reads the output any more, as after `| head`, nothing is said of it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "tg_tinker.cli", "keys", "ls", "--format", form]
+    try:
+        ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=50)
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_hint_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said beside the output is not broken where a command or a path in it would be, nor taken for markup."""
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "no key is left in [red]/home: a server answers nobody until `tg-tinker keys create`"
+    out.hint(line)
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_fetching_the_tiny_model_needs_nothing() -> None:

@@ -14,7 +14,8 @@ from tg_tinker.cli import main
 from tg_tinker.errors import AuthenticationError
 from tg_tinker.server.auth import Keys
 from tg_tinker.server.settings import Settings
-from tg_tinker.store.database import Database, database_file, sqlite_url
+from tg_tinker.store.database import Database, database_file
+from tg_tinker.store.sqlite import sqlite_url
 
 
 def keys(home: Path, *arguments: str, code: int = 0) -> Result:
@@ -95,8 +96,11 @@ def test_a_key_may_expire(tmp_path: Path) -> None:
 
 
 def test_mistakes_are_told(tmp_path: Path) -> None:
-    """A tenant that is no label and a key that is not there are errors of one line; listing makes no database."""
+    """A tenant or a name that is none, and a key that is not there, are one-line errors; listing makes no database."""
     assert keys(tmp_path, "create", "a/b", code=1).stderr.startswith("Error: tenant: expected")
+    for name in ("", "x" * 129, "two\nlines", "\x1b[31m"):
+        said = keys(tmp_path, "create", "acme", "--name", name, code=1).stderr
+        assert said.startswith("Error: name: expected 1 to 128 printable characters")
     assert "keys ls" in keys(tmp_path, "revoke", "0123", code=1).stderr
     assert listed(tmp_path) == []
     assert list(tmp_path.iterdir()) == []

@@ -43,6 +43,22 @@ def test_serves_until_it_is_interrupted(tmp_path: Path) -> None:
         assert server.stderr.read() == f"export TG_TINKER_BASE_URL={url}\n"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_request_is_found_in_the_log(tmp_path: Path) -> None:
+    """With --verbose every request is a line under its id."""
+    command = [*SERVE, "--port", "0", "--home", str(tmp_path), "--verbose"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[2].rstrip(";")
+        asked = urllib.request.Request(f"{url}/v1/health", headers={"X-Request-Id": "find-me"})
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert answer.status == 200
+        server.send_signal(signal.SIGINT)
+        _, said = server.communicate(timeout=30)
+    assert "DEBUG tg_tinker.server GET /v1/health [find-me] of nobody: 200\n" in said
+
+
 def refusal(*options: str) -> str:
     """Start a server that must not come up, and give what it says."""
     result = subprocess.run([*SERVE, *options], capture_output=True, check=False, text=True, timeout=50)
@@ -55,7 +71,7 @@ def refusal(*options: str) -> str:
 @pytest.mark.timeout(120)
 def test_other_machines_are_not_served_without_a_key(tmp_path: Path) -> None:
     """An address that others can reach is refused, with the reason."""
-    assert "no API key" in refusal("--host", "0.0.0.0", "--home", str(tmp_path))
+    assert "no usable API key" in refusal("--host", "0.0.0.0", "--home", str(tmp_path))
 
 
 @pytest.mark.slow
@@ -67,6 +83,14 @@ def test_a_taken_port_is_told(tmp_path: Path) -> None:
         said = refusal("--port", str(port), "--home", str(tmp_path))
     assert f"cannot listen on 127.0.0.1:{port}" in said
     assert "--port" in said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_device_that_is_not_here_is_told(tmp_path: Path) -> None:
+    """A device that this machine lacks ends the server, rather than every request to it with an error."""
+    said = refusal("--device", "tpu", "--port", "0", "--home", str(tmp_path))
+    assert said.splitlines()[-1] == "Error: device 'tpu' is not available here"
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, *options: str) -> Settings:

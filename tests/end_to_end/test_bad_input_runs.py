@@ -134,10 +134,67 @@ def test_wrong_arguments_of_a_tg_run(run: TrainingClient, call: Callable[[Any], 
     assert caught.value.field == field
 
 
-def test_a_batch_without_labels_moves_nothing(run: TrainingClient) -> None:
-    """A batch in which every position is ignored has no tokens, no loss and no gradient, and is no error."""
-    result = run.forward_backward({"input_ids": [[1, 2]], "labels": [[-100, -100]]}).result(timeout=60)
-    assert (result.loss, result.num_tokens) == (0.0, 0)
+def test_a_misspelt_argument_of_a_stream_is_answered_with_the_nearest_name(run: TrainingClient) -> None:
+    """Also where the argument is one that the page names, not one of ``**kwargs``."""
+    with pytest.raises(InvalidRequestError, match="max_token: no argument of sample_stream; did you mean 'max_tokens'"):
+        run.sample_stream("a", max_token=1)  # type: ignore[call-arg]
+
+
+NOTHING_TO_PREDICT: list[dict[str, Any]] = [
+    {"input_ids": [[1, 2], [3, 4]], "labels": [[-100, -100], [-100, -100]]},
+    {"input_ids": [[1, 2]], "labels": [[2, -100]]},  # nothing predicts the first token of a row
+    {"input_ids": [[0, 2, 3]], "attention_mask": [[0, 1, 1]], "labels": [[1, 2, -100]]},
+    {"input_ids": [[1], [2]]},
+]
+
+
+@pytest.mark.parametrize("batch", NOTHING_TO_PREDICT)
+def test_a_batch_with_nothing_to_predict_is_refused(run: TrainingClient, batch: dict[str, Any]) -> None:
+    """A mean over no tokens is no loss: the call says so by name, and what was gathered before can be stepped with."""
+    good = {"input_ids": [[1, 2, 3]]}
+    run.forward_backward(good)
+    for switch in (run.eval, run.train):
+        switch()
+        with pytest.raises(InvalidRequestError, match="a token to predict") as caught:
+            run.forward_backward(batch)
+        assert caught.value.field == "batch.labels"
+    run.forward_backward(good)
+    assert run.optim_step().result(timeout=60).grad_norm > 0
+
+
+def test_rows_with_nothing_to_predict_may_stand_beside_others(run: TrainingClient) -> None:
+    """A row without labels adds nothing to the loss of the rest."""
+    ids = [[1, 2, 3], [4, 5, 6]]
+    mixed = run.forward_backward({"input_ids": ids, "labels": [[1, 2, 3], [-100] * 3]}).result(timeout=60)
+    alone = run.forward_backward({"input_ids": ids[:1]}).result(timeout=60)
+    assert (mixed.loss, mixed.num_tokens) == (pytest.approx(alone.loss), 2)
+
+
+def test_datums_with_nothing_to_predict_are_refused(loops_run: loops.TrainingClient) -> None:
+    """Targets that are all ignored, and a single token that has no next one, are refused in either pass."""
+    ignored = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": TensorData([-100, -100], "int64")})
+    for data in ([ignored, ignored], [Datum(ModelInput.from_ints([1]))]):
+        for run_pass in (loops_run.forward, loops_run.forward_backward):
+            with pytest.raises(InvalidRequestError, match="a target other than -100") as caught:
+                run_pass(data)
+            assert caught.value.field == "data[*].loss_fn_inputs.target_tokens"
+    assert loops_run.forward([ignored, datum()]).result(timeout=60).loss > 0
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "inputs"),
+    [
+        ("cross_entropy", {"weights": [0.0] * 5}),
+        ("importance_sampling", {"logprobs": [-1.0] * 5, "advantages": [0.0] * 5}),
+    ],
+)
+def test_weights_and_advantages_of_nothing_but_0_are_an_answer(
+    loops_run: loops.TrainingClient, loss_fn: Any, inputs: dict[str, list[float]]
+) -> None:
+    """Completions of equal reward have advantages of 0: there is nothing to learn from them, and that is no error."""
+    output = loops_run.forward_backward([datum(**inputs)], loss_fn).result(timeout=60)
+    assert (output.loss, output.metrics["num_tokens"]) == (0.0, 0.0)
+    assert loops_run.optim_step(loops.AdamParams()).result(timeout=60).metrics["grad_norm"] == 0.0
 
 
 def test_a_prompt_must_fit_the_model(run: TrainingClient) -> None:
@@ -248,7 +305,7 @@ def test_nan_where_it_counts_is_refused_and_ignored_where_it_does_not(loops_run:
 def test_what_is_not_finite_is_called_so(loops_run: loops.TrainingClient, value: float) -> None:
     """JSON has neither NaN nor infinity, so the server cannot tell one from the other, and claims neither."""
     bad = datum(logprobs=[-1.0] * 5, advantages=[1.0, value, 1.0, 1.0, 1.0])
-    told = r"^not finite; expected a finite number @ \$\.data\[0\]\.loss_fn_inputs\.advantages\[1\]"
+    told = r"^data\[0\]\.loss_fn_inputs\.advantages\[1\]: expected a finite number, got one that is not"
     with pytest.raises(InvalidRequestError, match=told):
         loops_run.forward([bad], "importance_sampling").result(timeout=60)
 

@@ -144,6 +144,8 @@ print(server_of(Path(HOME)).process.pid, flush=True)
 def test_a_forked_child_trains_beside_its_parent(tmp_path: Path) -> None:
     """Parent and child train the same run on the same server, which counts both; the child's end hurts nobody."""
     code = """
+    import warnings
+    warnings.filterwarnings("ignore", category=DeprecationWarning)  # newer Pythons warn of any fork beside threads
     service = ServiceClient(home=HOME)
     tc = service.create_training_client(tg_config())
     def step():

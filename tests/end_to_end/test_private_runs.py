@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fixtures.programs import BATCH, LOOPS_RANK, MODEL, datum, tg_config
 
-from tg_tinker import AdamParams, DPBudgetExceededError, DPConfig, ServiceClient
+from tg_tinker import AdamParams, Datum, DPBudgetExceededError, DPConfig, ModelInput, ServiceClient, TensorData
 from tg_tinker.errors import InvalidRequestError
 
 pytestmark = pytest.mark.timeout(240)
@@ -38,6 +38,22 @@ def test_a_private_run_trains_to_its_budget(service: ServiceClient) -> None:
     report = tc.get_privacy_report()
     assert (report.enabled, report.steps, report.delta) == (True, len(spent), 1e-3)
     assert report.total_epsilon == pytest.approx(spent[-1])
+
+
+def test_a_private_batch_may_have_nothing_to_predict(service: ServiceClient) -> None:
+    """A refusal would tell what the examples are like: it adds nothing, and its step is noise, and charged."""
+    tc = service.create_training_client(tg_config(dp_config=DPConfig(), batch_size=2))
+    result = tc.forward_backward({"input_ids": [[1, 2], [3, 4]], "labels": [[-100] * 2] * 2}).result(timeout=60)
+    assert (result.loss, result.num_tokens) == (0.0, 0)
+    metrics = tc.optim_step().result(timeout=60).dp_metrics
+    assert metrics is not None
+    assert (metrics.noise_applied, metrics.grad_norm_before_clip) == (True, 0.0)
+    assert metrics.epsilon_spent
+    run = service.create_lora_training_client(
+        MODEL, LOOPS_RANK, seed=1, dp_config={"noise_multiplier": 2.0, "expected_batch_size": 1}
+    )
+    ignored = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": TensorData([-100, -100], "int64")})
+    assert run.forward_backward([ignored]).result(timeout=60).loss == 0.0
 
 
 def test_a_doubtful_promise_is_warned_of(service: ServiceClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -209,7 +209,12 @@ def test_an_unknown_setting_lists_the_known_ones() -> None:
 def row(**inputs: list[float]) -> Row:
     """Three positions of which the first has no target."""
     arrays = {name: np.array(values) for name, values in inputs.items()}
-    return Row(np.array([1, 2, 3]), np.array([-100, 3, 4]), arrays, where="$.data[5].{}".format)
+    return Row(np.array([1, 2, 3]), np.array([-100, 3, 4]), arrays, where=place)
+
+
+def place(field: str, *index: int) -> str:
+    """Where a value of the sixth datum is."""
+    return f"$.data[5].{field}{list(index) or ''}"
 
 
 def test_positions_without_advantage_or_weight_are_not_active() -> None:
@@ -225,17 +230,23 @@ def test_positions_without_advantage_or_weight_are_not_active() -> None:
     [
         (
             {"logprobs": [0.0, -1.0, math.nan], "advantages": [0.0, 1.0, 1.0]},
-            "not finite; expected a finite number @ $.data[5].logprobs[2]",
+            "expected a finite number, got one that is not @ $.data[5].logprobs[2]",
         ),
         (
             {"logprobs": [0.0, -1.0, -1.0], "advantages": [0.0, math.inf, 1.0]},
-            "not finite; expected a finite number @ $.data[5].advantages[1]",
+            "expected a finite number, got one that is not @ $.data[5].advantages[1]",
         ),
-        ({"logprobs": [-1.0, -1.0], "advantages": [0.0, 1.0, 1.0]}, "shape (2,); expected (3,) @ $.data[5].logprobs"),
-        ({"logprobs": [-1.0, -1.0, -1.0]}, "missing; this loss needs logprobs, advantages @ $.data[5].advantages"),
+        (
+            {"logprobs": [-1.0, -1.0], "advantages": [0.0, 1.0, 1.0]},
+            "expected shape (3,), got (2,) @ $.data[5].logprobs",
+        ),
+        (
+            {"logprobs": [-1.0, -1.0, -1.0]},
+            "expected a tensor: this loss needs logprobs, advantages, got none @ $.data[5].advantages",
+        ),
         (
             {"logprobs": [0.0] * 3, "advantages": [1.0] * 3, "temperatures": [1.0, 0.0, 1.0]},
-            "0.0; expected a finite number above 0 @ $.data[5].temperatures[1]",
+            "expected a finite number above 0, got 0.0 @ $.data[5].temperatures[1]",
         ),
     ],
 )
@@ -244,6 +255,8 @@ def test_bad_inputs_are_named_by_datum_and_index(inputs: dict[str, list[float]],
     with pytest.raises(InvalidRequestError) as caught:
         inspect([row(**inputs)], LOSSES["ppo"], vocab_size=10, max_length=10)
     assert caught.value.problems == [problem]
+    assert str(caught.value.constraint) in problem
+    assert caught.value.message.startswith(f"{caught.value.field}: expected {caught.value.constraint}, got ")
 
 
 def test_what_is_masked_may_be_nan() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import pytest
@@ -12,7 +14,7 @@ from fixtures.training import drive, gradients, random_rows, tiny, trainer
 from tg_tinker.engine.lora.adapters import AdapterSpec
 from tg_tinker.engine.training.optimizer_settings import OptimizerSettings
 from tg_tinker.engine.training.trainer import Trainer, TrainerState
-from tg_tinker.errors import InvalidRequestError
+from tg_tinker.errors import InvalidRequestError, ServerError
 
 SPEC = AdapterSpec(rank=4, alpha=8.0, dropout=0.2)
 WHOLE = attrs.evolve(SPEC, target_modules=("q_proj", "up_proj"), modules_to_save=("lm_head", "model.norm"))
@@ -192,3 +194,45 @@ def test_a_state_of_other_modules_is_refused_by_name(field: str, changed: Adapte
     with pytest.raises(InvalidRequestError, match="expected this run's") as caught:
         fresh(spec=changed).load(state, with_optimizer=True)
     assert caught.value.field == f"state.spec.{field}"
+
+
+def test_a_state_that_finds_no_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever memory runs out while a state is loaded, the error is typed, and the run is as it was before."""
+    small = attrs.evolve(SPEC, target_modules=("q_proj",))
+    other, run, third = fresh(seed=3, spec=small), fresh(spec=small), fresh(spec=small)
+    for one, steps in ((other, 2), (run, 1)):
+        train(one, range(steps))
+        drive(one.forward_backward(random_rows(20)))
+    state, before = through_storage(other.state()), run.state()
+    with monkeypatch.context() as patched:
+        plenty = Memory(patched, pieces=10**6)
+        third.load(state, with_optimizer=True)
+    for pieces in range(plenty.taken):
+        with monkeypatch.context() as patched:
+            Memory(patched, pieces)
+            with pytest.raises(ServerError, match="delete runs") as caught:
+                run.load(state, with_optimizer=True)
+        assert caught.value.code == "OUT_OF_MEMORY"
+        after = run.state()
+        assert after.counters == before.counters
+        assert all(torch.equal(value, after.tensors[name]) for name, value in before.tensors.items())
+    run.load(state, with_optimizer=True)
+    assert same_tensors(run, other)
+
+
+class Memory:
+    """So many pieces of memory for the calls that take some; then it has run out."""
+
+    def __init__(self, patched: pytest.MonkeyPatch, pieces: int) -> None:
+        self.pieces, self.taken = pieces, 0
+        for owner, name in ((torch.Tensor, "to"), (torch, "isfinite"), (torch, "tensor")):
+            patched.setattr(owner, name, self._rationed(getattr(owner, name)))
+
+    def _rationed(self, allocate: Callable[..., Any]) -> Callable[..., Any]:
+        def take(*arguments: Any, **options: Any) -> Any:
+            if self.taken == self.pieces:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.taken += 1
+            return allocate(*arguments, **options)
+
+        return take

@@ -45,23 +45,33 @@ def refused(rows: list[Row], loss_fn: str = "cross_entropy", **settings) -> Inva
 def test_a_token_out_of_the_vocabulary_is_named(token: int) -> None:
     """Both surfaces are told which row and position holds a token id that the model does not have."""
     error = refused(rows_from_data([Datum(ModelInput.from_ints([1])), Datum(ModelInput.from_ints([1, token]))]))
-    assert error.problems[0] == f"{token}; expected 0 to 263 @ $.data[1].model_input[1]"
+    assert error.problems[0] == f"expected a token id from 0 to 263, got {token} @ $.data[1].model_input[1]"
     error = refused(rows_from_batch(BatchData([[1, token]], labels=[[1, 1]])))
-    assert error.problems == [f"{token}; expected 0 to 263 @ $.batch.input_ids[0][1]"]
-    assert error.field == "batch.input_ids[0][1]"
+    assert error.problems == [f"expected a token id from 0 to 263, got {token} @ $.batch.input_ids[0][1]"]
+    assert (error.field, error.constraint) == ("batch.input_ids[0][1]", "a token id from 0 to 263")
 
 
 def test_a_target_out_of_the_vocabulary_is_named() -> None:
     """Targets are held to the same range, -100 apart."""
     error = refused(rows_from_batch(BatchData([[1, 2, 3]], labels=[[-100, 2, 999]])))
-    assert error.problems == ["999; expected 0 to 263 @ $.batch.labels[0][1]"]
+    assert error.problems == ["expected a token id from 0 to 263, or -100, got 999 @ $.batch.labels[0][2]"]
+
+
+def test_a_place_is_one_of_the_batch_as_it_was_sent() -> None:
+    """Padding in front counts, and a label is found where it was put, not where it is predicted."""
+    ids, mask = [[0, 0, 5, 6, 7], [1, 2, 3, 4, 999]], [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
+    error = refused(rows_from_batch(BatchData(ids, mask, [[-100, -100, 5, 6, 998], [-100] * 5])))
+    assert [problem.partition("got ")[2] for problem in error.problems] == [
+        "998 @ $.batch.labels[0][4]",
+        "999 @ $.batch.input_ids[1][4]",
+    ]
 
 
 @pytest.mark.parametrize(("length", "limit"), [(2049, None), (33, 32)])
 def test_a_row_too_long_for_the_model_is_refused(length: int, limit: int | None) -> None:
     """Neither the model's length nor the run's own limit may be passed."""
     error = refused(rows_from_data([Datum(ModelInput.from_ints(np.ones(length, int)))]), max_length=limit)
-    assert error.problems == [f"{length} tokens; expected 1 to {limit or 2048} @ $.data[0].model_input"]
+    assert error.problems == [f"expected 1 to {limit or 2048} tokens, got {length} @ $.data[0].model_input"]
 
 
 def test_all_problems_are_listed() -> None:

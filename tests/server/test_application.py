@@ -40,6 +40,23 @@ async def test_a_broken_device_thread_is_told_to_everybody(serve):
         threading.excepthook = hook
 
 
+async def test_a_server_that_is_not_ready_says_so_as_an_error(serve):
+    """While the engine is imported, /readyz is a 503 with an error body; /healthz answers already."""
+    imported = threading.Event()
+
+    class Slow(FakeEngine):
+        def warm(self):
+            assert imported.wait(20)
+
+    client = await serve(engine=Slow())
+    try:
+        answer = await client.as_tenant(None).get("/readyz")
+        assert (answer.status, answer.error["code"]) == (503, "STARTING")
+        assert (await client.get("/healthz")).status == 200
+    finally:
+        imported.set()
+
+
 async def test_readiness_and_metrics(client):
     """Ready once the engine is imported; metrics count operations by status, for whoever has a key."""
     run = await client.create(MODEL)

@@ -101,7 +101,8 @@ async def test_entries_are_filtered_by_time_and_paged(client):
 async def log_on_disk(client):
     """The audit log as another process reads it: what is durable and nothing else."""
     from tg_tinker.store.audit import AuditLog, HeadSigner
-    from tg_tinker.store.database import Database, database_file, sqlite_url
+    from tg_tinker.store.database import Database, database_file
+    from tg_tinker.store.sqlite import sqlite_url
 
     home = client.server.app[ROOMS].settings.home
     database = await Database.open(sqlite_url(database_file(home)))

@@ -130,6 +130,13 @@ async def test_a_rebound_name_is_refused(client):
     assert (await client.get("/healthz", Host="localhost:1")).status == 200
 
 
+async def test_a_server_answers_under_its_own_address(serve):
+    """Whatever address of this machine a server listens on, requests and pages that name it are served."""
+    client = await serve(host="127.0.0.2")
+    assert (await client.get("/healthz", Host="127.0.0.2:8000", Origin="http://127.0.0.2:3000")).status == 200
+    assert (await client.get("/healthz", Host="127.0.0.3:8000")).status == 403
+
+
 async def test_a_page_of_another_site_is_refused(serve):
     """An Origin elsewhere gets 403, also where no key is asked for: a web page cannot train here by posting."""
     client = (await serve(keys={})).as_tenant(None)
@@ -137,6 +144,17 @@ async def test_a_page_of_another_site_is_refused(serve):
     assert (await client.post("/v1/training_clients", body, Origin="https://evil.example")).status == 403
     assert (await client.post("/v1/training_clients", body, Origin="null")).status == 403
     assert (await client.post("/v1/training_clients", body, Origin="http://localhost:3000")).status == 201
+
+
+async def test_a_picture_on_a_page_of_another_site_loads_no_model(serve, engine):
+    """What a page elsewhere embeds or links to has no Origin; the browser's own word for it is enough for a 403."""
+    client = (await serve(keys={})).as_tenant(None)
+    path = f"/v1/tokenizer?model={MODEL}"
+    assert (await client.get(path, Sec_Fetch_Site="cross-site")).status == 403
+    assert engine.loads == 0
+    for site in ("same-site", "same-origin", "none"):
+        assert (await client.get(path, Sec_Fetch_Site=site)).status == 200
+    assert (await client.get(path, Sec_Fetch_Site="cross-site", Origin="http://localhost:3000")).status == 200
 
 
 async def test_too_many_requests_are_told_when_to_come_back(serve):

@@ -99,4 +99,5 @@ async def test_a_file_is_served_from_any_byte_on(real):
         assert part.headers["Content-Range"] == f"bytes {start}-{stop - 1}/{size}"
     behind = await real.get(url, Range=f"bytes={size}-")
     assert (behind.status, behind.headers["Content-Range"]) == (416, f"bytes */{size}")
+    assert behind.error["details"]["field"] == "Range"
     assert (await real.get(url, Range="bytes=0-1,3-4")).status == 422

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import logging
+
 import pytest
 from fixtures.fake_engine import MODEL, VOCABULARY
 from fixtures.server_client import BATCH, datum
@@ -23,10 +25,31 @@ async def test_an_error_body_has_the_four_fields(client):
     answer = await client.get("/v1/training_clients/tc-x")
     assert answer.error == {
         "code": "TRAINING_CLIENT_NOT_FOUND",
-        "message": "no such training client",
+        "message": "no such training client: 'tc-x'",
         "details": {"resource_type": "training_client", "resource_id": "tc-x"},
         "request_id": answer.headers["X-Request-Id"],
     }
+
+
+async def test_a_privacy_report_of_no_run_is_missed_by_its_own_name(client):
+    """The one route of both surfaces names what is not there as the surface of the id does."""
+    for name, code in (("tc-x", "TRAINING_CLIENT_NOT_FOUND"), ("run-x", "RUN_NOT_FOUND")):
+        answer = await client.get(f"/v1/training_clients/{name}/privacy")
+        assert (answer.status, answer.error["code"]) == (404, code)
+
+
+async def test_a_wrong_method_is_told_the_right_ones(client):
+    """Another method than those of a path is a 405 that names them, in its body and in Allow."""
+    answer = await client.call("PUT", "/v1/training_clients", {})
+    assert (answer.status, answer.error["code"], answer.error["details"]["field"]) == (405, "HTTP_405", "method")
+    assert answer.error["details"]["constraint"] == "GET or HEAD or POST"
+    assert answer.headers["Allow"] == "GET,HEAD,POST"
+
+
+async def test_a_401_names_the_scheme(client):
+    """Who shows no key is told how one is shown, as HTTP has it."""
+    answer = await client.as_tenant(None).get("/v1/training_clients")
+    assert (answer.status, answer.headers["WWW-Authenticate"]) == (401, "Bearer")
 
 
 async def test_what_nobody_expected_stays_in_the_log(client, monkeypatch):
@@ -35,6 +58,28 @@ async def test_what_nobody_expected_stays_in_the_log(client, monkeypatch):
     answer = await client.get("/v1/training_clients")
     assert (answer.status, answer.error["code"]) == (500, "INTERNAL_ERROR")
     assert b"ZeroDivision" not in answer.body
+
+
+async def test_an_error_s_request_id_finds_it_in_the_log(client, caplog):
+    """A refused request and a failed operation are logged under their ids at INFO; what went well at DEBUG alone."""
+    caplog.set_level(logging.DEBUG, "tg_tinker.server")
+    run = await client.create(MODEL)
+    good = await client.get(run)
+    failed = await client.run(f"{run}/optim_step")
+    refused = await client.post(f"{run}/optim_step", [])
+    ids = (good.headers["X-Request-Id"], failed["error"]["request_id"], refused.error["request_id"])
+    levels = [sorted(one.levelname for one in caplog.records if f"[{name}]" in one.getMessage()) for name in ids]
+    assert levels == [["DEBUG"], ["DEBUG", "INFO"], ["INFO"]]
+
+
+async def test_no_request_can_write_lines_or_open_files_through_the_log(client, caplog):
+    """A path is logged as it was sent, in one line; of a signed URL only the route is."""
+    caplog.set_level(logging.DEBUG, "tg_tinker.server")
+    await client.get("/v1/futures/a%0Ab")
+    await client.as_tenant(None).get("/v1/loops/files/token/name")
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "/v1/futures/a%0Ab" in first
+    assert "/v1/loops/files/{token}/{name}" in second
 
 
 async def test_a_body_over_the_limit_is_refused(serve):

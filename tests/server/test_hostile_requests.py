@@ -59,6 +59,40 @@ async def test_the_tg_wire_refuses_keys_that_it_does_not_know(client, path, body
     assert (await client.get("/v1/futures")).json == []
 
 
+TWICE = {
+    "target_epsilon": ("", b'{"model_ref": "fake/model", "dp_config": {"target_epsilon": 1, "target_epsilon": 100}}'),
+    "model_ref": ("", b'{"model_ref": "other/model", "metadata": {"a": "x: y"}, "model_ref": "fake/model"}'),
+    "input_ids": ("forward_backward", b'{"batch": {"input_ids": [[1, 2]], "input_ids": [[3, 4]]}}'),
+    "apply_dp_noise": ("optim_step", b'{"apply_dp_noise": true, "apply_dp_noise": false}'),
+    "prompts": ("sample", b'{"prompts": "a", "max_tokens": 1, "prompts": "b: c"}'),
+    "seed": ("sample_stream", b'{"prompts": "a", "max_tokens": 1, "seed": 1, "seed": 1}'),
+    "a": ("save_state", b'{"metadata": {"b": [1, {"a": 1, "a": 2}]}}'),
+    "artifact_id": ("load_state", b'{"artifact_id": "art-1", "artifact_\\u0069d": "art-2"}'),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+async def test_the_tg_wire_refuses_a_key_that_comes_twice(client, name):
+    """Of two equal keys, however they are written, neither is taken: a 422 names the key, and nothing is begun."""
+    path, body = TWICE[name]
+    run = f"{await client.create(MODEL)}/{path}" if path else "/v1/training_clients"
+    status, answer = await _send(client, "POST", run, *_authorized(), body=body)
+    assert (status, answer["error"]["details"]["field"]) == (422, name)
+    assert answer["error"]["message"].endswith("expected one value, got two")
+    assert (await client.get("/v1/futures")).json == []
+
+
+async def test_colons_in_texts_are_no_keys(client):
+    """A body whose texts look like keys is taken, and so is a deep one; one too deep to be read again is refused."""
+    run = await client.create(MODEL)
+    told = {"a": '{"a": 1, "a": 2}', "b": [[{"a": ":"}], {"a": "::"}, "a: b"]}
+    saved = await client.post(f"{run}/save_state", {"metadata": told})
+    assert (saved.status, saved.json["metadata"]) == (200, told)
+    deep = b'{"metadata": ' + b'{"a":' * 1000 + b'":"' + b"}" * 1001
+    status, answer = await _send(client, "POST", f"{run}/save_state", *_authorized(), body=deep)
+    assert (status, answer["error"]["details"]["field"] in {"body", "metadata"}) == (422, True)
+
+
 async def test_the_loops_wire_ignores_keys_that_it_does_not_know(client):
     """Published Loops clients send keys of their own, at every level; they are served."""
     trainer, sampler = await client.trainer(MODEL, availability_model="dedicated")

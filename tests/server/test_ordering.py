@@ -50,7 +50,7 @@ async def test_a_retried_request_is_the_same_operation(client, engine):
     await client.result(first)
     assert await client.submit(f"{run}/forward_backward", {"batch": BATCH}, Idempotency_Key="k1") == first
     assert engine.log.count("forward_backward[0]") == 1
-    other = await client.post(f"{run}/forward_backward", {"batch": {"input_ids": [[9]]}}, Idempotency_Key="k1")
+    other = await client.post(f"{run}/forward_backward", {"batch": {"input_ids": [[9, 9]]}}, Idempotency_Key="k1")
     assert (other.status, other.error["code"]) == (422, "IDEMPOTENCY_KEY_REUSED")
     assert (await client.run(f"{run}/optim_step"))["result"]["step"] == 1
 
@@ -108,7 +108,7 @@ async def test_a_queued_operation_that_is_cancelled_never_runs(client, engine):
     run = await client.create(MODEL)
     engine.gate.clear()
     first = await client.submit(f"{run}/forward_backward", {"batch": BATCH})
-    second = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[7]]}})
+    second = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[7, 8]]}})
     assert (await client.post(f"{second}/cancel")).json == {"success": True}
     engine.gate.set()
     await client.result(first)
@@ -125,7 +125,7 @@ async def test_a_step_is_not_taken_without_a_pass_that_was_cancelled_before_it(c
     run = await client.create(MODEL)
     engine.gate.clear()
     first = await client.submit(f"{run}/forward_backward", {"batch": BATCH})
-    cancelled = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[7]]}})
+    cancelled = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[7, 8]]}})
     step = await client.submit(f"{run}/optim_step")
     assert (await client.post(f"{cancelled}/cancel")).json == {"success": True}
     engine.gate.set()
@@ -248,7 +248,7 @@ async def test_runs_take_turns_by_micro_batch(client, engine):
     """Two runs with long passes alternate micro-batch by micro-batch."""
     runs = [await client.create(MODEL) for _ in range(2)]
     engine.gate.clear()
-    batch = {"batch": {"input_ids": [[1]] * 4}}
+    batch = {"batch": {"input_ids": [[1, 2]] * 4}}
     futures = [await client.submit(f"{run}/forward_backward", batch) for run in runs]
     engine.gate.set()
     for future in futures:
@@ -263,7 +263,7 @@ async def test_sampling_goes_on_between_micro_batches(client, engine):
     engine.tick_gate.clear()
     sample = await client.submit(f"{other}/sample", {"prompts": "a", "max_tokens": 3})
     await until(lambda: "tick" in engine.log)
-    training = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[1]] * 20}})
+    training = await client.submit(f"{run}/forward_backward", {"batch": {"input_ids": [[1, 2]] * 20}})
     engine.tick_gate.set()
     assert (await client.result(sample))["status"] == "completed"
     assert (await client.result(training))["status"] == "completed"

@@ -9,14 +9,15 @@ from tg_tinker.server.settings import Settings
 
 
 def test_a_server_for_others_loads_folders_only_where_it_may(tmp_path: Path):
-    """On loopback any folder loads; elsewhere hub ids do, and folders below those that the operator named."""
+    """On loopback any folder loads; elsewhere, or behind a proxy, hub ids and what is below the operator's folders."""
     (tmp_path / "models").mkdir()
     inside, outside = str(tmp_path / "models" / "m"), str(tmp_path / "secret")
     own = Settings(home=tmp_path)
     assert own.may_load(outside)
-    public = Settings(home=tmp_path, host="0.0.0.0", model_folders=(tmp_path / "models",))
-    allowed = [public.may_load(ref) for ref in ("org/model", inside, outside, f"{inside}/../../secret", "~/x", "./x")]
-    assert allowed == [True, True, False, False, False, False]
+    refs = ("org/model", inside, outside, f"{inside}/../../secret", "~/x", "./x")
+    for reached in ({"host": "0.0.0.0"}, {"allowed_hosts": ("proxy",)}):
+        public = Settings(home=tmp_path, model_folders=(tmp_path / "models",), **reached)
+        assert [public.may_load(ref) for ref in refs] == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize(

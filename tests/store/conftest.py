@@ -1,7 +1,8 @@
-"""A checkpoint store with one sealed artifact in it."""
+"""A checkpoint store with one sealed artifact in it; every statement of a database is held against another dialect."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,25 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import sqlalchemy
+from sqlalchemy.dialects import postgresql
 
 from tg_tinker.store.checkpoints import ArtifactRecord, CheckpointStore
 from tg_tinker.store.keys import KeyFile
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+@pytest.fixture(autouse=True)
+def portable() -> Iterator[None]:
+    """Let no test here execute a statement that PostgreSQL's dialect cannot say: SQLite is not the last database."""
+
+    def told(_: object, statement: Any, *__: object) -> None:
+        statement.compile(dialect=postgresql.dialect())
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_execute", told)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.Engine, "before_execute", told)
 
 
 @attrs.frozen

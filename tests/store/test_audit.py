@@ -13,7 +13,8 @@ from sqlalchemy import delete, update
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.audit import AuditEvent, AuditLog, HeadSigner
-from tg_tinker.store.database import Database, sqlite_url
+from tg_tinker.store.database import Database
+from tg_tinker.store.sqlite import sqlite_url
 from tg_tinker.store.tables import audit
 from tg_tinker.types.results import AuditLogEntry
 from tg_tinker.verify import AuditHead, genesis_hash, record_hash, verify_audit_log

@@ -122,8 +122,8 @@ def test_a_foreign_artifact_is_not_there(vault, action: str) -> None:
     for artifact_id in (record.artifact_id, "art-" + "0" * 32):
         with pytest.raises(ResourceNotFoundError) as caught:
             getattr(vault.store, action)("other", artifact_id)
-        errors.append((caught.value.code, caught.value.message))
-    assert errors[0] == errors[1] == ("ARTIFACT_NOT_FOUND", "no such artifact")
+        errors.append((caught.value.code, caught.value.message.replace(artifact_id, "ID")))
+    assert errors[0] == errors[1] == ("ARTIFACT_NOT_FOUND", "no such artifact: 'ID'")
 
 
 @pytest.mark.parametrize("artifact_id", BAD_IDS)

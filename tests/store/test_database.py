@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -14,8 +15,9 @@ from sqlalchemy.dialects import sqlite
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.audit import AuditEvent, AuditLog, HeadSigner
-from tg_tinker.store.database import Database, is_passing, sqlite_url
+from tg_tinker.store.database import Database, is_passing
 from tg_tinker.store.rows import ApiKeyRow, FutureRow, RunRow
+from tg_tinker.store.sqlite import sqlite_url
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
 LATER = NOW + timedelta(hours=1)
@@ -309,3 +311,17 @@ async def test_two_servers_write_at_once(tmp_path: Path) -> None:
     assert len(await both[0].list_futures("acme")) == 40
     for database in both:
         await database.close()
+
+
+async def test_a_home_that_another_server_opens_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While another writes to a new file, its mode cannot change, and SQLite does not wait: opening does."""
+    file, refused = tmp_path / "test.db", threading.Event()
+    monkeypatch.setattr("tg_tinker.store.sqlite.time.sleep", lambda _: refused.set())
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    opening = asyncio.create_task(Database.open(sqlite_url(file)))
+    assert await asyncio.to_thread(refused.wait, 20)
+    other.execute("COMMIT")
+    await (await opening).close()
+    assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    other.close()

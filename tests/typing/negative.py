@@ -55,6 +55,10 @@ wrong = twin(not_a_face)  # expect: type-var reportArgumentType
 async def wrong_use_of_the_surfaces(
     tc: tg_tinker.TrainingClient, run: loops.TrainingClient, sampler: loops.SamplingClient, client: ServiceClient
 ) -> None:
+    tg_tinker.LoRAConfig(r=3)  # expect: call-arg reportCallIssue
+    tg_tinker.TrainingConfig()  # expect: call-arg reportCallIssue
+    loops.AdamParams(lr=1e-3)  # expect: call-arg reportCallIssue
+    tg_tinker.BatchData([[1]], label=[[1]])  # expect: call-arg reportCallIssue
     tc.forward_backward([1])  # expect: arg-type reportArgumentType
     tc.optim_step(apply_noise=True)  # expect: call-arg reportCallIssue
     tc.sample("a", seed="1")  # expect: arg-type reportArgumentType

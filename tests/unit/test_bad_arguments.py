@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import pickle
 from typing import Any
 
+import attrs
 import pytest
 
-from tg_tinker import BatchData, Datum, ModelInput, PoissonSampler, TensorData, TrainingConfig
+from tg_tinker import (
+    AdamParams,
+    BatchData,
+    Datum,
+    DPConfig,
+    LoRAConfig,
+    ModelInput,
+    OptimizerConfig,
+    PoissonSampler,
+    SamplingConfig,
+    SamplingParams,
+    ServiceClient,
+    TensorData,
+    TrainingConfig,
+)
+from tg_tinker import loops as loops_surface
 from tg_tinker.core.call import call
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.offline import open_artifact
 from tg_tinker.types import arguments, checks, losses
+from tg_tinker.types.loops import EncodedTextChunk
 from tg_tinker.wire import loops, tg
 from tg_tinker.wire.json_object import json_object
 
@@ -116,3 +136,62 @@ def test_a_misspelt_loss_input_is_refused_and_a_column_of_ones_own_is_not() -> N
             losses.require_inputs("cross_entropy", [datum("weights"), datum(name)])
         assert caught.value.field == f"data[1].loss_fn_inputs.{name}"
     losses.require_inputs("cross_entropy", [datum("mask"), datum("old_logprobs"), datum("advantages")])
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong", "near"),
+    [
+        (LoRAConfig, "rnk", "rank"),
+        (OptimizerConfig, "learning_rte", "learning_rate"),
+        (DPConfig, "target_eps", "target_epsilon"),
+        (TrainingConfig, "model", "model_ref"),
+        (SamplingConfig, "max_token", "max_tokens"),
+        (BatchData, "label", "labels"),
+        (AdamParams, "beta_1", "beta1"),
+        (SamplingParams, "max_token", "max_tokens"),
+        (Datum, "model_inputs", "model_input"),
+        (ModelInput, "chunk", "chunks"),
+        (EncodedTextChunk, "token", "tokens"),
+        (TensorData, "dtpe", "dtype"),
+    ],
+)
+def test_a_misspelt_keyword_is_answered_with_the_nearest_name(kind: type[Any], wrong: str, near: str) -> None:
+    """Whatever a caller builds refuses an unknown keyword as it refuses one in a dict: by name, and with a hint."""
+    with pytest.raises(InvalidRequestError) as caught:
+        kind(**{wrong: 1})
+    assert caught.value.message == f"{wrong}: no field of {kind.__name__}; did you mean '{near}'?"
+    assert caught.value.field == wrong
+    assert near in str(caught.value.constraint)
+
+
+def test_what_callers_build_is_otherwise_as_python_has_it() -> None:
+    """Constructors show their own arguments, copies and pickles are equal, subclasses and ``evolve`` work."""
+
+    class Mine(LoRAConfig):
+        """A config of the caller's own."""
+
+    assert list(inspect.signature(LoRAConfig).parameters) == [field.name for field in attrs.fields(LoRAConfig)]
+    assert list(inspect.signature(TensorData).parameters) == ["data", "dtype", "shape"]
+    value = LoRAConfig(rank=3)
+    assert value == copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == attrs.evolve(value, alpha=32.0)
+    assert Mine(rank=3).rank == 3
+    for make in (lambda: attrs.evolve(value, rnk=1), lambda: Mine(rnk=1), lambda: LoRAConfig(cls=1)):  # type: ignore[call-arg]
+        with pytest.raises(InvalidRequestError, match="no field of"):
+            make()
+    with pytest.raises(TypeError, match="model_ref"):
+        TrainingConfig()  # type: ignore[call-arg]
+
+
+def test_a_misspelt_key_of_a_batch_is_answered_with_the_nearest_name() -> None:
+    """A batch as a dict says which of its keys is wrong, and which was probably meant."""
+    with pytest.raises(InvalidRequestError, match="did you mean 'labels'") as caught:
+        BatchData.of({"input_ids": [[1]], "label": [[1]]})
+    assert caught.value.field == "batch.label"
+
+
+@pytest.mark.parametrize("kind", [ServiceClient, loops_surface.ServiceClient])
+def test_a_misspelt_argument_of_a_service_is_answered_with_the_nearest_name(kind: type[ServiceClient]) -> None:
+    """As with the calls that it offers: a ``TypeError``, as Python's, that says what may have been meant."""
+    with pytest.raises(TypeError, match="'time_out'; did you mean 'timeout'"):
+        kind(time_out=3)  # type: ignore[call-arg]
+    assert list(inspect.signature(kind).parameters)[:2] == ["api_key", "base_url"]

@@ -58,6 +58,7 @@ WRONG: list[tuple[Callable[..., Any], str, Any]] = [
     (SamplingConfig, "max_tokens", 0),
     (SamplingConfig, "temperature", 2.1),
     (SamplingConfig, "top_p", 1.1),
+    (SamplingConfig, "top_p", 0.0),
     (SamplingConfig, "top_k", -1),
 ]
 
@@ -120,6 +121,11 @@ def test_nested_dicts_become_configs() -> None:
     assert config.lora_config == LoRAConfig(rank=4, target_modules=("q_proj",))
     assert config.dp_config == DPConfig(target_epsilon=3)
     assert TrainingConfig.from_dict(config.to_dict()) == config
+
+
+def test_no_optimizer_is_the_default_one() -> None:
+    """The pages have None as the optimizer's default, and so has a YAML file with an empty line for it."""
+    assert TrainingConfig(model_ref="m", optimizer=None) == TrainingConfig(model_ref="m")
 
 
 def test_a_fault_inside_a_nested_dict_is_located() -> None:
@@ -227,6 +233,19 @@ def test_a_yaml_file_makes_the_same_config(tmp_path: Any) -> None:
         with pytest.raises(InvalidRequestError, match="cannot read") as caught:
             TrainingConfig.from_yaml(path)
         assert caught.value.field == "path"
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-04", "0.1e-3", ".1e-3", "1.e-4", "+1e-4", "100e-6", "0.0001"])
+def test_a_number_in_yaml_is_one_however_it_is_written(tmp_path: Any, text: str) -> None:
+    """``1e-4`` is a number, though the YAML of 2005 has it as a string; quoted it is a string, and is refused."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_ref: 1e-4m\noptimizer:\n  learning_rate: {text}\n", encoding="utf-8")
+    config = TrainingConfig.from_yaml(path)
+    assert (config.model_ref, config.optimizer.learning_rate) == ("1e-4m", pytest.approx(1e-4))
+    path.write_text(f"model_ref: m\noptimizer:\n  learning_rate: '{text}'\n", encoding="utf-8")
+    with pytest.raises(InvalidRequestError) as caught:
+        TrainingConfig.from_yaml(path)
+    assert caught.value.field == "optimizer.learning_rate"
 
 
 def test_configs_are_frozen_and_pickle() -> None:

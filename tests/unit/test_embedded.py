@@ -163,6 +163,8 @@ async def test_the_server_ends_with_the_program(tmp_path: Path) -> None:
 async def test_a_forked_child_leaves_the_server_alone(tmp_path: Path) -> None:
     """A child that uses its parent's server and ends by ``sys.exit`` neither stops it nor starts another."""
     rest = """
+import warnings
+warnings.filterwarnings("ignore", category=DeprecationWarning)  # newer Pythons warn of any fork beside threads
 child = os.fork()
 if child == 0:
     assert asyncio.run(client.resolve()) == (process.url, process.key)

@@ -6,10 +6,13 @@ import ast
 import io
 import statistics
 import tokenize
+import tomllib
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "tg_tinker").rglob("*.py"))
@@ -55,6 +58,16 @@ def test_no_function_is_long() -> None:
     )
     long = [f"{name(path)}:{node.name}" for path, node in functions if (node.end_lineno or 0) - node.lineno >= 60]
     assert long == []
+
+
+def test_everything_that_is_installed_is_pinned() -> None:
+    """Every dependency is in constraints.txt, at a version that it allows; but for wandb, which no command needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = [Requirement(text) for text in chain(project["dependencies"], *project["optional-dependencies"].values())]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    loose = [one.name for one in named if one.name not in pins or pins[one.name] not in one.specifier]
+    assert loose == ["wandb"]
 
 
 def test_every_module_says_what_it_is_for() -> None:

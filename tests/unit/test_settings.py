@@ -47,6 +47,7 @@ def test_arguments_go_before_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_first_argument_that_is_a_url_is_the_url() -> None:
     """Key and URL are told apart whichever way round they come."""
     assert resolve("http://host:1").base_url == "http://host:1"
+    assert resolve("HTTP://host:1").api_key is None
     swapped = resolve("http://host:1", "the-key")
     assert (swapped.base_url, swapped.api_key) == ("http://host:1", "the-key")
     with pytest.raises(InvalidRequestError, match="not two"):

@@ -111,8 +111,6 @@ def _explain(runs: list[dict[str, Any]], asked: str | None) -> None:
     """Say what was looked at, where that is not plain, and how a run that has ended goes on."""
     if not runs:
         where = f"the home {home.folder()} remembers none" if asked is None else f"{asked} holds none"
-        out.talk().print(f"{where}; --base-url names another server", soft_wrap=True)
+        out.hint(f"{where}; --base-url names another server")
     elif any(run["status"] == ENDED and run["artifact_id"] for run in runs):
-        out.talk().print(
-            "an ended run goes on as a new one: create_training_client(config, checkpoint_id=ITS_ARTIFACT)"
-        )
+        out.hint("an ended run goes on as a new one: create_training_client(config, checkpoint_id=ITS_ARTIFACT)")

@@ -41,4 +41,4 @@ def _show(found: list[checkup.Finding]) -> None:
         if one.advice:
             detail.append(f"\n-> {one.advice}", "bold")
         table.add_row(Text(one.what), Text(one.state, _STYLES[one.state]), detail)
-    out.human().print(table)
+    out.show(table)

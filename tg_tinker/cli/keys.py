@@ -16,6 +16,7 @@ from tg_tinker import home
 from tg_tinker.cli import local_files
 from tg_tinker.cli import output as out
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
+from tg_tinker.types import checks
 
 if TYPE_CHECKING:
     from tg_tinker.store.database import Database
@@ -33,6 +34,7 @@ _COLUMNS = {
     "created": "Created",
     "expires": "Expires",
 }
+_LONGEST_NAME = 128  # what the database's column is made for; SQLite alone would take more
 _home = click.option("--home", "folder", type=click.Path(path_type=Path), help="Instead of TG_TINKER_HOME.")
 
 
@@ -59,6 +61,8 @@ def create_key(tenant: str, name: str | None, days: int | None, folder: Path | N
     from tg_tinker.store.names import check_label
 
     check_label(tenant, "tenant")
+    if name is not None and not (1 <= len(name) <= _LONGEST_NAME and name.isprintable()):
+        raise checks.refuse("name", f"1 to {_LONGEST_NAME} printable characters", name)
     place = local_files.make_home(folder)
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
     key, row = new_key(tenant, name=name, expires_at=expires)
@@ -69,7 +73,7 @@ def create_key(tenant: str, name: str | None, days: int | None, folder: Path | N
 
     _in_database(place, store)
     click.echo(json.dumps({"key": key, **_fields(row)}, indent=2) if output == out.JSON else key)
-    out.talk().print(f"the key of tenant {tenant} is shown only now; its user sets TG_TINKER_API_KEY to it")
+    out.hint(f"the key of tenant {tenant} is shown only now; its user sets TG_TINKER_API_KEY to it")
 
 
 @command.command("ls")
@@ -99,7 +103,7 @@ def revoke_key(key_id: str, folder: Path | None, output: str) -> None:
         raise ResourceNotFoundError(message, resource_type="api_key", resource_id=key_id)
     out.say("{key_id} is revoked", {"key_id": key_id, "state": "revoked"}, output)
     if not any(row.usable(now) for row in _in_database(place, lambda found: found.list_api_keys())):
-        out.talk().print("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
+        out.hint("no key is left: a server over this home answers nobody until `tg-tinker keys create`")
 
 
 def _fields(row: ApiKeyRow) -> dict[str, Any]:
@@ -118,7 +122,8 @@ def _fields(row: ApiKeyRow) -> dict[str, Any]:
 
 def _in_database(place: Path, work: Callable[[Database], Awaitable[T]], *, default: T | None = None) -> T:
     """Open the home's database for one piece of work; where there is none, ``default`` is all there is to say."""
-    from tg_tinker.store.database import Database, database_file, sqlite_url
+    from tg_tinker.store.database import Database, database_file
+    from tg_tinker.store.sqlite import sqlite_url
 
     path = database_file(place)
 

@@ -16,13 +16,16 @@ from rich.text import Text
 
 from tg_tinker.errors import TGTinkerError
 
-__all__ = ["JSON", "advice_for_people", "format_option", "human", "say", "show_one", "show_rows", "talk", "when"]
+__all__ = [
+    "JSON", "advice_for_people", "format_option", "hint", "human", "say", "show", "show_one", "show_rows", "talk",
+    "when",
+]  # fmt: skip
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 JSON = "json"
-_UNBROKEN = 10_000  # columns: what grep and its kind read is one line a row
+_UNBROKEN = 100_000_000  # columns: what grep and its kind read is one line a row
 
 
 def talk() -> Console:
@@ -30,9 +33,26 @@ def talk() -> Console:
     return Console(stderr=True, highlight=False)
 
 
-def human(width: int | None = None) -> Console:
-    """Give the console for what a person asked to see: standard output, as wide as the terminal unless told."""
-    return Console(highlight=False, width=width)
+def hint(line: str) -> None:
+    """Say something beside what was asked for, in one line, so that what it names can be copied."""
+    talk().print(line, soft_wrap=True, markup=False)
+
+
+def human() -> Console:
+    """Give the console for what a person asked to see: standard output, as wide as the terminal."""
+    return Console(highlight=False)
+
+
+def show(table: Table) -> None:
+    """Print a table; for programs no row is broken, nor padded at its end."""
+    if sys.stdout.isatty():
+        human().print(table)
+        return
+    wide = Console(highlight=False, width=_UNBROKEN)
+    with wide.capture() as printed:
+        wide.print(table)
+    for line in printed.get().removesuffix("\n").split("\n"):
+        click.echo(line.rstrip())
 
 
 def format_option(function: Callable[P, R]) -> Callable[P, R]:
@@ -61,7 +81,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], out
         table.add_column(heading, overflow="fold", no_wrap=number == 0)
     for row in rows:
         table.add_row(*(Text(_cell(row.get(field))) for field in columns))
-    human(None if sys.stdout.isatty() else _UNBROKEN).print(table)
+    show(table)
 
 
 def show_one(fields: Mapping[str, Any], output: str) -> None:
@@ -75,7 +95,7 @@ def show_one(fields: Mapping[str, Any], output: str) -> None:
     for field, value in fields.items():
         if value is not None:
             table.add_row(Text(field), Text(value if isinstance(value, str) else json.dumps(value, default=str)))
-    human().print(table)
+    show(table)
 
 
 def say(line: str, done: Mapping[str, Any] | Sequence[Mapping[str, Any]], output: str) -> None:
@@ -101,6 +121,8 @@ def advice_for_people(function: Callable[P, R]) -> Callable[P, R]:
             return function(*args, **kwargs)
         except TGTinkerError as error:
             message = str(error)
+        except BrokenPipeError:  # `| head` has read enough: click ends without a word
+            raise
         except OSError as error:  # a disk, a folder, a permission: nothing that a traceback would explain
             message = f"{error.filename}: {error.strerror}" if error.filename is not None else str(error)
         talk().print(Text.assemble(("Error: ", "bold red"), message), soft_wrap=True)

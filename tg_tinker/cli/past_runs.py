@@ -38,7 +38,8 @@ def past_runs(place: Path, held: Container[str]) -> list[dict[str, Any]]:
 
 
 async def _rows(place: Path, tenant: str) -> list[RunRow]:
-    from tg_tinker.store.database import Database, database_file, sqlite_url
+    from tg_tinker.store.database import Database, database_file
+    from tg_tinker.store.sqlite import sqlite_url
 
     if not database_file(place).exists():
         return []

@@ -51,7 +51,7 @@ _SIZE = click.FloatRange(0.0, min_open=True)
     "--idle", default=1800.0, show_default=True, type=click.FloatRange(0.0), metavar="SECONDS",
     help="How long a base model that nothing uses stays in memory, unless another is loaded.",
 )  # fmt: skip
-@click.option("--verbose", is_flag=True, help="Log every operation.")
+@click.option("--verbose", is_flag=True, help="Log every request and operation.")
 @out.advice_for_people
 def command(
     host: str, port: int, home: Path | None, quota_gb: float | None, aside_gb: float, *, verbose: bool, **chosen: Any
@@ -72,6 +72,8 @@ def command(
         level=logging.INFO if verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s %(message)s",
     )
+    if verbose:
+        logging.getLogger("tg_tinker").setLevel(logging.DEBUG)
     quota_bytes = None if quota_gb is None else int(quota_gb * _GB)
     aside_bytes = int(aside_gb * _GB)
     settings = Settings(

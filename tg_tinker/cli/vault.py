@@ -128,7 +128,7 @@ def rotate_key(folder: Path | None, tenant: str, output: str, *, rewrap_only: bo
     line = "{key_id} is the key of tenant {tenant}; {rewrapped} artifacts were put under it"
     out.say(line, {"key_id": key_id, "tenant": tenant, "rewrapped": count}, output)
     if not rewrap_only:
-        out.talk().print("key files exported before do not hold it: export again with `tg-tinker artifacts export-key`")
+        out.hint("key files exported before do not hold it: export again with `tg-tinker artifacts export-key`")
 
 
 def _opened(source: str, key: Path | None, folder: Path | None, tenant: str) -> Opened:

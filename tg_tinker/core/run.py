@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
+from functools import partial
 from typing import Any, TypeVar
 
 from tg_tinker.core.call import Call
@@ -107,11 +108,15 @@ class RunCore:
         A submit takes its place now; anything else is sent when the coroutine runs. Cancelling it asks the server to
         cancel.
         """
+        return self.begin(call)()
+
+    def begin(self, call: Call[R]) -> Callable[[], Coroutine[Any, Any, R]]:
+        """The same; the coroutine is made by whoever calls what this returns."""
         if call.route.kind != "submit":
             self.check_open()
-            return self._ask(call)
+            return partial(self._ask, call)
         operation: Operation[R] = Operation(self, direct=True)
-        return self._await_direct(self._start(call, operation), operation)
+        return partial(self._await_direct, self._start(call, operation), operation)
 
     def stream(self, call: Call[R]) -> Channel[R]:
         """Open a stream when its turn comes; its chunks arrive in the channel."""

@@ -26,8 +26,8 @@ class Home(Protocol):
         """Run ``work`` at home and block until it is done."""
         ...
 
-    async def hop(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run ``work`` at home and await it from whatever loop this is."""
+    async def hop(self, start: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run what ``start`` makes at home and await it from whatever loop this is."""
         ...
 
 

@@ -253,7 +253,7 @@ class OperationFuture(Generic[R]):
 
     async def cancel_async(self) -> bool:
         """Ask the server to cancel, from a coroutine; otherwise as ``cancel``."""
-        return await self._home.hop(self._cancel())
+        return await self._home.hop(self._cancel)
 
     async def _cancel(self) -> bool:
         self._check_process()

@@ -28,7 +28,7 @@ class Closing:
 
     async def aclose(self) -> None:
         """Close, from a coroutine."""
-        await self._core.home.hop(self._core.aclose())
+        await self._core.home.hop(self._core.aclose)
 
     close_async = aclose
 

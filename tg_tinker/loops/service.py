@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from tg_tinker import service, settings
 from tg_tinker.service.base import Progress
+from tg_tinker.service.keywords import suggesting
 
 __all__ = ["ServiceClient"]
 
@@ -16,6 +17,7 @@ class ServiceClient(service.ServiceClient):
 
     _names: ClassVar[settings.Names] = settings.LOOPS_NAMES
 
+    @suggesting
     def __init__(
         self,
         *,

@@ -77,7 +77,10 @@ class TorchEngine:
         self._slots = slots
 
     def warm(self) -> None:
-        """Import torch, transformers and the engine, without looking for garbage that imports do not make."""
+        """Import torch, transformers and the engine, without looking for garbage that imports do not make.
+
+        Raises ``InvalidRequestError`` where the device is not here.
+        """
         collecting = gc.isenabled()
         gc.disable()  # it would take a quarter of the time
         try:
@@ -88,7 +91,8 @@ class TorchEngine:
             gc.freeze()  # a million objects that stay: every later collection would go through them for half a second
             if collecting:
                 gc.enable()
-        del base_model, sampler, trainer
+        del sampler, trainer
+        base_model.find_device(self._device)
 
     def prepare_thread(self) -> None:
         """Set the number of threads that torch uses from the calling thread."""

@@ -15,6 +15,7 @@ from tg_tinker.errors import AuthorizationError, InvalidRequestError, ResourceNo
 from tg_tinker.server.auth import PUBLIC
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.tasks import whole
+from tg_tinker.types import checks
 from tg_tinker.wire import codec, headers
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -36,17 +37,24 @@ _RETRIED_BY_LOOPS = frozenset({400, 404, 408, 502, 503})
 @web.middleware
 async def identify(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id (its own, if it is well formed) and turn whatever is raised into a response."""
-    given = request.headers.get(headers.REQUEST_ID, "")
-    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+    give_id(request)
+    response = await _answered(request, handler)
+    refused = response.status >= 400 and response.status != 408  # that is Loops for "not yet"
+    told = request.method, _shown(request), request[REQUEST_ID], request.get(TENANT, "nobody"), response.status
+    _log.log(logging.INFO if refused else logging.DEBUG, "%s %s [%s] of %s: %d", *told)
+    return response
+
+
+async def _answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
     except TGTinkerError as error:
         return error_response(request, await _on_record(request, error))
     except web.HTTPException as error:
-        return error_response(request, _typed(request, error), error.status)
+        return http_error_response(request, error)
     # The last line of defence: whatever it is goes to the log, and none of it to the client.
     except Exception:  # noqa: BLE001
-        _log.exception("%s %s [%s] failed", request.method, request.path, request[REQUEST_ID])
+        _log.exception("%s %s [%s] failed", request.method, _shown(request), request[REQUEST_ID])
         return error_response(request, ServerError("the server failed; its log says why"))
 
 
@@ -54,12 +62,17 @@ async def identify(request: web.Request, handler: Handler) -> web.StreamResponse
 async def check_host(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Keep web pages out: they cannot rebind their own name to us, nor post to us from elsewhere."""
     settings = request.app[ROOMS].settings
-    names = _LOCAL_NAMES | set(settings.allowed_hosts)
-    if settings.loopback and _hostname(f"//{request.host}") not in names:
+    names = _LOCAL_NAMES | {settings.host} | set(settings.allowed_hosts)
+    # Browsers always send a Host; for who does not, aiohttp would ask the DNS who we are, and everybody would wait.
+    if settings.loopback and "Host" in request.headers and _hostname(f"//{request.host}") not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
     origin = request.headers.get("Origin")
-    if origin is not None and _hostname(origin) not in names:
-        raise AuthorizationError("the Origin header names another site; web pages elsewhere may not use this server")
+    # A picture or a link of a page has no Origin, but can have a model loaded.
+    elsewhere = (
+        request.headers.get("Sec-Fetch-Site") == "cross-site" if origin is None else _hostname(origin) not in names
+    )
+    if elsewhere:
+        raise AuthorizationError("the request comes from another site; web pages elsewhere may not use this server")
     return await handler(request)
 
 
@@ -84,6 +97,12 @@ async def finish(request: web.Request, handler: Handler) -> web.StreamResponse:
     return await whole(_await(handler, request))
 
 
+def give_id(request: web.BaseRequest) -> None:
+    """Give the request an id: its own, if it is well formed."""
+    given = request.headers.get(headers.REQUEST_ID, "")
+    request[REQUEST_ID] = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
 def event_id(request: web.Request) -> str:
     """Name one event of the audit log; the client chooses the request's id, and an id that is known is not logged."""
     return f"{request[REQUEST_ID]}/{secrets.token_hex(4)}"
@@ -102,7 +121,7 @@ async def add_headers(request: web.Request, response: web.StreamResponse) -> Non
 
 
 def error_response(
-    request: web.Request, error: TGTinkerError, status: int | None = None, *, exact_status: bool = False
+    request: web.BaseRequest, error: TGTinkerError, status: int | None = None, *, exact_status: bool = False
 ) -> web.Response:
     """The wire body of an error, with its status."""
     error.request_id = request.get(REQUEST_ID)
@@ -115,8 +134,18 @@ def error_response(
     ):
         status = 429 if error.details.get("retry_after") else 422
     response = web.Response(status=status, body=codec.dumps(error.to_wire()), content_type="application/json")
+    if status == 401:
+        response.headers["WWW-Authenticate"] = "Bearer"
     if error.details.get("retry_after"):
         response.headers[headers.RETRY_AFTER] = str(math.ceil(error.details["retry_after"]))
+    return response
+
+
+def http_error_response(request: web.Request, error: web.HTTPException) -> web.Response:
+    """The same of what aiohttp refuses: no such route, another method, a body that is too large, an ``Expect``."""
+    response = error_response(request, _typed(request, error), error.status)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
     return response
 
 
@@ -140,12 +169,25 @@ async def _await(handler: Handler, request: web.Request) -> web.StreamResponse:
 
 def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
     if error.status == 404:
-        return ResourceNotFoundError("no such route", resource_type="route", resource_id=request.path)
+        message = f"no such route: {checks.shown(request.path)}"
+        return ResourceNotFoundError(message, resource_type="route", resource_id=request.path)
     if error.status == 413:
-        limit = request.app[ROOMS].settings.max_body_bytes
-        constraint = f"at most {limit} bytes"
-        return InvalidRequestError(f"body: expected {constraint}", field="body", constraint=constraint)
-    return InvalidRequestError(error.reason or "the request cannot be served", code=f"HTTP_{error.status}")
+        wanted = f"at most {request.app[ROOMS].settings.max_body_bytes} bytes"
+        return InvalidRequestError(f"body: expected {wanted}", field="body", constraint=wanted)
+    field, wanted = None, error.reason
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        field, wanted = "method", " or ".join(sorted(error.allowed_methods))
+    elif isinstance(error, web.HTTPExpectationFailed):
+        field, wanted = "Expect", "100-continue"
+    return InvalidRequestError(
+        f"{field or 'the request'}: expected {wanted}", field=field, constraint=wanted, code=f"HTTP_{error.status}"
+    )
+
+
+def _shown(request: web.Request) -> str:
+    """The path as it was sent, but for a route that is open to whoever knows its path."""
+    resource = request.match_info.route.resource
+    return resource.canonical if resource is not None and resource.canonical in PUBLIC else request.rel_url.raw_path
 
 
 def _hostname(url: str) -> str:

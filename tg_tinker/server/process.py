@@ -13,8 +13,8 @@ from collections.abc import Callable, Generator
 
 from aiohttp import web
 
-from tg_tinker.errors import ServerError
 from tg_tinker.server.app import create_app
+from tg_tinker.server.connection import listen
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.settings import Settings
 
@@ -50,13 +50,12 @@ def _say(line: dict[str, object]) -> None:
 async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> None:
     stop = asyncio.Event()
     app = create_app(settings, report=lambda stage: _say({"stage": stage}) if settings.parent else None)
-    runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_PATIENCE)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=_SHUTDOWN_PATIENCE)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, settings.host, settings.port)
-        await site.start()
-        with _signals(stop), _parent_watched(settings.parent, stop):
-            host, port = runner.addresses[0][:2]
+        server = await listen(runner, settings.host, settings.port)
+        with contextlib.closing(server), _signals(stop), _parent_watched(settings.parent, stop):
+            host, port = server.sockets[0].getsockname()[:2]
             url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             _log.info("serving %s on %s", settings.home, url)
             (on_ready or announce)(url)
@@ -64,8 +63,9 @@ async def _serve(settings: Settings, on_ready: Callable[[str], None] | None) -> 
     finally:
         await runner.cleanup()
         importing = ROOMS in app and app[ROOMS].warming.is_alive()
-    if app[ROOMS].crashed.is_set():
-        raise ServerError("the device thread broke down")
+    crash = app[ROOMS].crash
+    if crash is not None:
+        raise crash
     if importing:
         logging.shutdown()
         os._exit(0)  # everything is closed, and an import that is still going on would hold the process up for seconds

@@ -8,10 +8,11 @@ import threading
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 
-from tg_tinker.errors import ServerError, ServerRestartedError
+from tg_tinker.errors import InvalidRequestError, ServerError, ServerRestartedError, TGTinkerError
 from tg_tinker.server.engine import Engine, TorchEngine
 from tg_tinker.server.limits import Admission, RateLimit
 from tg_tinker.server.records.ticket_book import Tickets
+from tg_tinker.server.records.tickets import Ticket
 from tg_tinker.server.serving.published import Published
 from tg_tinker.server.serving.samplers import Samplers
 from tg_tinker.server.settings import Settings
@@ -34,8 +35,9 @@ class Rooms:
         self.keys, self.registry, self.journal = storage.keys, storage.registry, storage.journal
         self.auditing, self.recording = storage.auditing, storage.recording
         self.crashed = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        self.scheduler = Scheduler(prepare=engine.prepare_thread, on_crash=lambda error: tell(loop, self._crash, error))
+        self.crash: TGTinkerError | None = None
+        self._loop = asyncio.get_running_loop()
+        self.scheduler = Scheduler(prepare=engine.prepare_thread, on_crash=self._crashed_with)
         self.tickets = Tickets(
             self.scheduler,
             kept=settings.results_kept,
@@ -43,7 +45,7 @@ class Rooms:
             queue_limit=settings.queue_limit,
         )
         self.tickets.on_accept.append(self.recording.accepted)
-        self.tickets.on_end.append(self.recording.ended)
+        self.tickets.on_end += [self.recording.ended, _log_end]
         self.models = Models(settings, engine, self.scheduler, report)
         self.runs = Runs()
         self.samplers = Samplers()
@@ -70,9 +72,14 @@ class Rooms:
         rooms.warming.start()
         return rooms
 
-    def _crash(self, error: BaseException) -> None:
-        """Without a device thread nothing goes on: say so to everybody, and to the process."""
-        self.tickets.close(ServerError(f"the server's device thread broke down: {type(error).__name__}: {error}"))
+    def _crashed_with(self, error: BaseException) -> None:
+        """Without a device, or a thread for it, nothing goes on: say so to everybody, and to the process."""
+        told = ServerError(f"the server's device thread broke down: {type(error).__name__}: {error}")
+        tell(self._loop, self._crash, error if isinstance(error, InvalidRequestError) else told)
+
+    def _crash(self, error: TGTinkerError) -> None:
+        self.crash = error
+        self.tickets.close(error)
         self.crashed.set()
 
     def stop(self) -> None:
@@ -97,9 +104,16 @@ class Rooms:
     def _warm(self) -> None:
         try:
             self.engine.warm()
+        except InvalidRequestError as error:
+            self._crashed_with(error)
         # Importing torch can fail in any way; whoever needs it first is told, and the log says why.
         except Exception:  # noqa: BLE001
             _log.exception("the engine cannot be imported")
+
+
+def _log_end(ticket: Ticket) -> None:
+    told = ticket.operation, ticket.id, ticket.run_id, ticket.status, ticket.ended - ticket.accepted, ticket.request_id
+    _log.log(logging.INFO if ticket.failure else logging.DEBUG, "%s %s of %s: %s, %.3f s [%s]", *told)
 
 
 def _torch_engine(settings: Settings) -> Engine:

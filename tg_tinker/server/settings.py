@@ -25,8 +25,8 @@ class Settings:
     ``keys`` maps API keys to tenants, beside the keys that the database of ``home`` knows. Until there was a key, and
     unless ``require_key`` asks for one, a loopback server serves everyone on this machine as one tenant; other
     addresses are refused (``check_address``). ``allowed_hosts`` are names beside "localhost" by which a loopback server
-    may be called, and pages of which may call any server. A server that other machines can reach loads local models
-    from below ``model_folders`` alone.
+    may be called, and pages of which may call any server. A server that other machines can reach, by its address or by
+    such a name, loads local models from below ``model_folders`` alone.
 
     ``versions_kept`` newest versions of a run stay in memory, and ``aside_bytes`` of those that its names have moved on
     from stay on disk. ``quota_bytes`` bounds what a tenant may store; None does not. ``idle`` is how long a base model
@@ -68,7 +68,8 @@ class Settings:
     def may_load(self, ref: str) -> bool:
         """Whether a model reference may be loaded here: a path on this machine is not for others to choose."""
         path = Path(ref).expanduser()
-        if self.loopback or not (path.is_absolute() or ref.startswith((".", "~")) or path.exists()):
+        own = self.loopback and not self.allowed_hosts  # a name of its own may be a proxy's, with others behind it
+        if own or not (path.is_absolute() or ref.startswith((".", "~")) or path.exists()):
             return True
         return any(path.resolve().is_relative_to(folder.resolve()) for folder in self.model_folders)
 
@@ -76,7 +77,7 @@ class Settings:
         """Refuse to serve other machines without keys: ``InvalidRequestError`` that says how to make one."""
         if not (self.loopback or has_keys):
             message = (
-                f"host: {self.host} can be reached from other machines, and there is no API key yet; make one with "
+                f"host: {self.host} can be reached from other machines, and there is no usable API key; make one with "
                 "`tg-tinker keys create TENANT`, or serve 127.0.0.1"
             )
             raise InvalidRequestError(message, field="host", constraint="a loopback address, or at least one API key")

@@ -42,7 +42,8 @@ class Storage:
     @classmethod
     async def open(cls, settings: Settings) -> Storage:
         """Open everything, or nothing; what servers that died left unfinished is completed first."""
-        from tg_tinker.store.database import Database, database_file, sqlite_url
+        from tg_tinker.store.database import Database, database_file
+        from tg_tinker.store.sqlite import sqlite_url
 
         files = await asyncio.to_thread(_Files.open, settings)
         async with AsyncExitStack() as opened:

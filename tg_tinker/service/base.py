@@ -28,6 +28,7 @@ from tg_tinker.core.transport import Connection, RetryPolicy
 from tg_tinker.embedded import EmbeddedEndpoint
 from tg_tinker.errors import ClientClosedError
 from tg_tinker.service.evidence import Evidence
+from tg_tinker.service.keywords import suggesting
 from tg_tinker.service.tenant import Tenant
 from tg_tinker.settings import Settings
 from tg_tinker.tokenizer import Tokenizers
@@ -47,6 +48,7 @@ class ServiceBase:
 
     _names: ClassVar[settings.Names] = settings.NAMES
 
+    @suggesting
     def __init__(
         self,
         api_key: str | None = None,
@@ -157,7 +159,7 @@ class ServiceBase:
         """Close, from a coroutine; otherwise as ``close``."""
         core = self._core
         if core is not None:
-            await core.home.hop(self._end(core))
+            await core.home.hop(partial(self._end, core))
         self._closed = True
 
     close_async = aclose

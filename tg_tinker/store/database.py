@@ -1,22 +1,23 @@
 """The database: tenants, API keys, runs, futures. Small typed functions over SQLAlchemy's async core.
 
-SQLite in WAL mode by default, shared by several servers; a write transaction takes the write lock at its start. Audit
-entries go through ``audit``. Every look-up is by tenant: another's row is not there.
+SQLite by default (``sqlite``), shared by several servers; a write transaction takes the write lock at its start, so
+what it reads still holds when it writes. Another database needs that of ``writing`` in its own way: serializable
+transactions, tried again. Audit entries go through ``audit``. Every look-up is by tenant: another's row is not there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
+import sqlite3
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
-from sqlalchemy import ColumnElement, Table, bindparam, delete, event, exc, insert, make_url, select, update
+from sqlalchemy import ColumnElement, Table, bindparam, delete, exc, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from tg_tinker.errors import InvalidRequestError
-from tg_tinker.store import tables
+from tg_tinker.store import sqlite, tables
 from tg_tinker.store.names import check_label
 from tg_tinker.store.rows import FINISHED, ApiKeyRow, FutureRow, RunRow
 
@@ -25,21 +26,15 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
-    from sqlalchemy import Connection, Select
+    from sqlalchemy import Select
 
 R = TypeVar("R", ApiKeyRow, RunRow, FutureRow)
 _BATCH = 500  # rows of one statement
-BUSY_TIMEOUT = 30.0  # seconds another process may hold the write lock
 
 
 def database_file(home: Path) -> Path:
     """Where a home keeps its database."""
     return home / "tg-tinker.db"
-
-
-def sqlite_url(path: Path) -> str:
-    """Name an SQLite file as a database URL."""
-    return f"sqlite+aiosqlite:///{path}"
 
 
 def is_passing(error: Exception) -> bool:
@@ -63,19 +58,19 @@ class Database:
 
         Raises ``InvalidRequestError`` where that fails: it is no database of ours, or cannot be written to.
         """
-        waiting = {"timeout": BUSY_TIMEOUT} if _is_sqlite(url) else {}
-        if _is_sqlite(url):
-            _make_private(url)
+        waiting = {"timeout": sqlite.BUSY_TIMEOUT} if sqlite.is_sqlite(url) else {}
         engine = create_async_engine(url, connect_args=waiting, hide_parameters=True)  # no results in error messages
-        if _is_sqlite(url):
-            _tune_sqlite(engine)
         database = cls(engine)
         try:
+            if sqlite.is_sqlite(url):
+                await asyncio.to_thread(sqlite.prepare, url)
+                sqlite.tune(engine)
             async with database.writing() as connection:
                 await connection.run_sync(tables.metadata.create_all)
-        except exc.DatabaseError as error:
+        except (exc.DatabaseError, sqlite3.DatabaseError) as error:
             await database.close()
-            message = f"the database {engine.url.database} cannot be used: {error.orig}"
+            said = error.orig if isinstance(error, exc.DatabaseError) else error
+            message = f"the database {engine.url.database} cannot be used: {said}"
             raise InvalidRequestError(message, field="database", constraint="a database to write to") from error
         return database
 
@@ -285,32 +280,3 @@ def _own(table: Table, tenant_id: str, **keys: str) -> ColumnElement[bool]:
     for name, value in keys.items():
         where = where & (table.c[name] == value)
     return where
-
-
-def _is_sqlite(url: str) -> bool:
-    return url.startswith("sqlite")
-
-
-def _make_private(url: str) -> None:
-    """Make the file before SQLite would: what that makes, and puts beside it, is as open as this."""
-    file = make_url(url).database
-    if file is not None and file not in {"", ":memory:"}:
-        os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-
-
-def _tune_sqlite(engine: AsyncEngine) -> None:
-    """Set WAL and full syncing, and begin transactions ourselves: the driver would take the write lock too late."""
-
-    def connected(connection: Any, _: object) -> None:
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
-
-    def begun(connection: Connection) -> None:
-        write = connection.get_execution_options().get("tg_write", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")
-
-    event.listen(engine.sync_engine, "connect", connected)
-    event.listen(engine.sync_engine, "begin", begun)

@@ -17,6 +17,7 @@ import attrs
 from tg_tinker.errors import InvalidRequestError, ResourceNotFoundError
 from tg_tinker.store import files, sealing, tink_aead
 from tg_tinker.store.names import folder_name, is_artifact_id
+from tg_tinker.types import checks
 from tg_tinker.types.results import EncryptionInfo
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Index:
 
         Raises ``ResourceNotFoundError``.
         """
-        missing = ResourceNotFoundError("no such artifact", resource_type="artifact", resource_id=str(artifact_id))
+        message = f"no such artifact: {checks.shown(artifact_id)}"
+        missing = ResourceNotFoundError(message, resource_type="artifact", resource_id=str(artifact_id))
         if not is_artifact_id(artifact_id):
             raise missing
         try:

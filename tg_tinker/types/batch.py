@@ -14,6 +14,7 @@ import attrs
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import arguments, arrays, checks
 from tg_tinker.types.tokens import encode, end_of_text, padding
+from tg_tinker.types.value import Input
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ IGNORED = -100
 
 
 @attrs.frozen(eq=False, init=False)
-class BatchData:
+class BatchData(Input):
     """A rectangular batch of token ids, ``(rows, positions)`` each, as int64.
 
     Takes nested lists, numpy arrays or torch tensors. ``attention_mask`` is 1 for real tokens and 0 for padding, on
@@ -67,9 +68,7 @@ class BatchData:
         if not isinstance(value, Mapping):
             raise checks.refuse(at, "a BatchData or a dict of input_ids, attention_mask and labels", value)
         try:
-            for name in value:
-                if name not in {"input_ids", "attention_mask", "labels"}:
-                    raise checks.refuse(str(name), "only input_ids, attention_mask and labels", value[name])
+            checks.refuse_unknown(cls, value)
             if "input_ids" not in value:
                 raise checks.refuse("input_ids", "rows of token ids", None)
             return cls(**value)
@@ -104,6 +103,15 @@ class BatchData:
             "attention_mask": self.attention_mask.tolist(),
             "labels": None if self.labels is None else self.labels.tolist(),
         }
+
+
+def require_labels(batch: BatchData) -> None:
+    """Refuse a batch in which there is nothing to predict: a mean over no tokens is no loss, and 0.0 looks like one."""
+    real = batch.attention_mask == 1
+    wanted = real if batch.labels is None else real & (batch.labels != IGNORED)
+    if not (wanted & (real.cumsum(axis=1) > 1)).any():
+        constraint = f"a token to predict in at least one row: not {IGNORED}, nor the first of its row"
+        raise checks.refuse("batch.labels", constraint, None if batch.labels is None else batch.labels.tolist())
 
 
 def _mask(value: object, shape: tuple[int, ...]) -> NDArray[np.int64]:

@@ -214,7 +214,9 @@ def refuse_others(names: Collection[str], known: Collection[str], problem: str) 
             near = difflib.get_close_matches(field, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join(known)}"
             told = f"{problem}; {hint}"
-            raise InvalidRequestError(f"{field}: {told}", field=field, problems=[f"{told} @ $.{field}"])
+            one = f"one of {', '.join(known)}"
+            message, problems = f"{field}: {told}", [f"{told} @ $.{field}"]
+            raise InvalidRequestError(message, field=field, constraint=one, problems=problems)
 
 
 def _as_tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:

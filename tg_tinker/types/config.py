@@ -14,7 +14,7 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import checks
-from tg_tinker.types.value import Value
+from tg_tinker.types.value import Input, Value
 
 OPTIMIZERS = ("adamw", "adam", "sgd", "adafactor")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
@@ -29,7 +29,7 @@ _WITH_CYCLES = ("cosine", "cosine_with_restarts")
 
 
 @attrs.frozen(kw_only=True)
-class LoRAConfig:
+class LoRAConfig(Input):
     """The low-rank adapter that is trained (Hu et al. 2021, arXiv:2106.09685).
 
     ``alpha / rank`` scales the update. ``target_modules`` are layer-name endings; each must match at least one layer.
@@ -67,7 +67,7 @@ def _two_decay_rates(_: object, __: object, value: Any) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Input):
     """The optimizer and its learning-rate schedule; ``warmup_steps`` rise linearly from 0.
 
     ``lr_scheduler_kwargs``: ``num_cycles`` for the cosine kinds. The decaying kinds need ``TrainingConfig.max_steps``.
@@ -117,7 +117,7 @@ def _noise(_: object, __: object, value: Any) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class DPConfig:
+class DPConfig(Input):
     """Differential privacy for the run (DP-SGD, Abadi et al. 2016, arXiv:1607.00133).
 
     The unit that is protected is one row of a batch (on the Loops surface one datum). Once per optimizer step, noise of
@@ -141,12 +141,12 @@ class DPConfig:
 
 
 @attrs.frozen(kw_only=True)
-class SamplingConfig(Value):
+class SamplingConfig(Input, Value):
     """Sampling settings to keep beside a run: ``tc.sample(prompt, **config.to_dict())``; ``top_k=0`` is off."""
 
     max_tokens: int = attrs.field(default=128, validator=checks.integer(1, 4096))
     temperature: float = attrs.field(default=0.7, validator=checks.number(0.0, 2.0))
-    top_p: float = attrs.field(default=0.9, validator=checks.number(0.0, 1.0))
+    top_p: float = attrs.field(default=0.9, validator=checks.number(above=0.0, high=1.0))
     top_k: int = attrs.field(default=50, validator=checks.integer(0))
     stop_sequences: tuple[str, ...] = attrs.field(
         default=(), converter=checks.tupled, validator=checks.texts(empty=True)
@@ -158,7 +158,7 @@ def _lora(value: Any) -> LoRAConfig:
 
 
 def _optimizer(value: Any) -> OptimizerConfig:
-    return checks.nested(OptimizerConfig, value, "optimizer")
+    return OptimizerConfig() if value is None else checks.nested(OptimizerConfig, value, "optimizer")
 
 
 def _dp(value: Any) -> DPConfig | None:
@@ -166,14 +166,16 @@ def _dp(value: Any) -> DPConfig | None:
 
 
 @attrs.frozen(kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Input):
     """Everything that defines a TG training run.
 
     ``model_ref`` is a hub id, a local folder, ``"tg-tinker/tiny"`` or ``"tg-tinker/smollm2-135m"``. ``max_steps`` ends
     the run: its status becomes "completed", training is refused, sampling and saving go on.
     ``batch_size`` and ``gradient_accumulation_steps`` only make the expected batch size under DP: a batch has the rows
-    that it has, and gradients add up until ``optim_step``, whatever they say. ``seed`` fixes adapter initialisation and
-    dropout; None lets the server draw one. Nested configs may be given as dicts.
+    that it has, and gradients add up until ``optim_step``, whatever they say. Training rows of more tokens than
+    ``max_sequence_length``, or than the model has positions, are refused, not cut. ``mixed_precision`` "auto" is fp32
+    on a CPU and bf16 on a GPU. ``seed`` fixes adapter initialisation and dropout; None lets the server draw one. Nested
+    configs may be given as dicts; an ``optimizer`` of None is the default one.
 
     Raises ``InvalidRequestError`` with ``field`` and ``constraint``.
     """
@@ -220,14 +222,10 @@ class TrainingConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainingConfig:
-        """Build a config from a YAML file of the same nested fields."""
-        import yaml
+        """Build a config from a YAML file of the same nested fields; ``1e-4`` is a number, as in YAML 1.2."""
+        from tg_tinker.types.yaml_file import read
 
-        try:
-            fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InvalidRequestError(f"cannot read the config {path}: {error}", field="path") from error
-        return cls.from_dict(fields)
+        return cls.from_dict(read(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as ``from_dict`` takes them."""

@@ -14,7 +14,7 @@ from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import arguments, arrays, checks
 from tg_tinker.types.tensor import TensorData
 from tg_tinker.types.tokens import encode, end_of_text
-from tg_tinker.types.value import Value
+from tg_tinker.types.value import Input, Value
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,7 +35,7 @@ def token_ids(value: object, field: str) -> NDArray[np.int64]:
 
 
 @attrs.frozen(eq=False, init=False, repr=False)
-class EncodedTextChunk:
+class EncodedTextChunk(Input):
     """Token ids, ``(positions,)``, as int64."""
 
     array: NDArray[np.int64]
@@ -83,7 +83,7 @@ def _are_text(_: object, __: object, chunks: tuple[object, ...]) -> None:
 
 
 @attrs.frozen
-class ModelInput:
+class ModelInput(Input):
     """A prompt as chunks of tokens. Text only: the models served here take no images."""
 
     chunks: tuple[EncodedTextChunk, ...] = attrs.field(default=(), converter=_chunks, validator=_are_text)
@@ -147,7 +147,7 @@ def _are_aligned(datum: Datum, _: object, inputs: object) -> None:
 
 
 @attrs.frozen(eq=False)
-class Datum:
+class Datum(Input):
     """One training example; the unit that differential privacy protects.
 
     Not shifted: position i of ``model_input`` predicts ``target_tokens[i]``, and every tensor in ``loss_fn_inputs`` is
@@ -193,7 +193,7 @@ class Datum:
 
 
 @attrs.frozen(kw_only=True)
-class AdamParams(Value):
+class AdamParams(Input, Value):
     """AdamW for one step (Loshchilov & Hutter 2019, arXiv:1711.05101). ``grad_clip_norm`` 0 switches clipping off."""
 
     learning_rate: float = attrs.field(default=1e-4, validator=checks.number(0.0))
@@ -217,7 +217,7 @@ def _stops(_: object, __: object, value: Any) -> None:
 
 
 @attrs.frozen(kw_only=True)
-class SamplingParams(Value):
+class SamplingParams(Input, Value):
     """How to sample. ``top_k`` -1 is off, ``temperature`` 0 is greedy, ``max_tokens`` None means all room that is left.
 
     ``stop``: a text, texts, or token ids. ``seed`` None draws a new one for each call.

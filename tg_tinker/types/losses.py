@@ -12,6 +12,7 @@ import attrs
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.types import checks
+from tg_tinker.types.batch import IGNORED
 from tg_tinker.types.loops import Datum
 
 _RL = ("target_tokens", "logprobs", "advantages")
@@ -92,3 +93,18 @@ def require_inputs(loss_fn: str, data: Sequence[Datum]) -> None:
             field="data",
             constraint="an even number of datums",
         )
+
+
+def require_targets(data: Sequence[Datum]) -> None:
+    """Refuse data in which there is nothing to predict; weights and advantages of 0 are an answer, and stay."""
+    if not any(map(_has_target, data)):
+        wanted, found = (
+            f"a target other than {IGNORED} in at least one datum",
+            data[0].loss_fn_inputs.get("target_tokens"),
+        )
+        raise checks.refuse("data[*].loss_fn_inputs.target_tokens", wanted, found)
+
+
+def _has_target(datum: Datum) -> bool:
+    targets = datum.loss_fn_inputs.get("target_tokens")
+    return datum.model_input.length > 1 if targets is None else bool((targets.array != IGNORED).any())

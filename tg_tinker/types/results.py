@@ -89,7 +89,8 @@ class SampleResult(Value):
 class StreamChunk(Value):
     """A piece of a streamed completion: newly decided text and the tokens behind it.
 
-    The texts concatenate to ``sample``'s completion at the same seed. ``finish_reason`` is set on the last chunk alone.
+    ``index`` says of which of the ``num_completions``. The texts of one concatenate to ``sample``'s completion at the
+    same seed. ``finish_reason`` is set on its last chunk alone.
     """
 
     text: str

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from tg_tinker.types import arrays, checks
+from tg_tinker.types.value import Input
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @attrs.frozen(eq=False, init=False, repr=False)
-class TensorData:
+class TensorData(Input):
     """A tensor of ``shape``, its values in row-major order.
 
     ``data`` is a flat (or nested) list, a numpy array or a torch tensor; ``dtype`` one of float64, float32, float16,

@@ -1,11 +1,35 @@
-"""The common base of result values: ``to_dict()`` gives plain JSON-ready data."""
+"""The common bases of values: ``Value`` gives plain JSON-ready data, ``Input`` knows what its caller may give it."""
 
 from __future__ import annotations
 
+import inspect
 from datetime import datetime
-from typing import Any
+from functools import cache
+from typing import Any, Self
 
 import attrs
+
+from tg_tinker.types import checks
+
+
+class Input:
+    """A value that callers make: a keyword that it does not know is refused as in a dict, with the nearest known name.
+
+    Python's own ``TypeError`` would name no field. Here, because it would come before anything of ``__init__`` runs.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, /, *_: Any, **fields: Any) -> Self:
+        """Look at the names; ``__init__`` looks at the values."""
+        kind: type = cls  # of which mypy knows that it is hashable
+        checks.refuse_others(fields, _arguments(kind), f"no field of {cls.__name__}")
+        return super().__new__(cls)
+
+
+@cache
+def _arguments(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind).parameters)
 
 
 class Value:

@@ -101,13 +101,17 @@ class Adapter:
         """The dtype of the masters."""
         return self.parameters()[0].dtype
 
-    @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace every tensor; nothing changes unless all of them fit.
 
         Raises ``InvalidRequestError`` when the set of names, a shape, a kind of number or a value is wrong.
         """
         check_tensors(tensors, self._named, field="tensors")
+        self.replace(tensors)
+
+    @torch.no_grad()
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace every tensor by one that is known to fit; that needs no memory."""
         for name, parameter in self._named.items():
             parameter.copy_(tensors[name])
 

@@ -69,7 +69,7 @@ def load(
     Raises ``ResourceNotFoundError`` when the model is unknown, unreachable, incomplete or damaged (the message says
     what to do), ``InvalidRequestError`` when there is no such device or dtype, ``ServerError`` when memory runs out.
     """
-    place = _device(device)
+    place = find_device(device)
     number = _dtype(dtype, place)
     report = progress or _silent
     with memory.guard(f"loading {ref}", "choose a smaller model, or free memory on this machine"):
@@ -153,7 +153,8 @@ def _advice(ref: str, source: Path | str, error: Exception) -> str:
     return f"cannot load {ref!r} from the hub: {reason}; check the name and the network, or give a local folder"
 
 
-def _device(device: str) -> torch.device:
+def find_device(device: str) -> torch.device:
+    """The device of that name; raises ``InvalidRequestError`` where there is none here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -34,13 +34,13 @@ class Row:
     """One training example, not shifted: position i of ``tokens`` predicts ``targets[i]``; -100 ignores a position.
 
     ``inputs`` holds the loss's other tensors, each shaped like ``targets``, but ``temperatures`` always (T,). ``where``
-    turns a field's name into its place in the request, for error messages.
+    turns a field's name, and an index into that field, into the place in the request, for error messages.
     """
 
     tokens: NDArray[np.int64]  # (T,)
     targets: NDArray[np.int64]  # (T,) or (T, K)
     inputs: Mapping[str, NDArray[Any]] = attrs.field(factory=dict)
-    where: Callable[[str], str] = attrs.field(default="$.{}".format)
+    where: Callable[..., str] = attrs.field(default=lambda field, *index: f"$.{field}{_brackets(index)}")
 
     @property
     def labelled(self) -> NDArray[np.bool_]:
@@ -58,7 +58,7 @@ def _batch_row(batch: BatchData, index: int) -> Row:
     real = batch.attention_mask[index] == 1
     tokens = batch.input_ids[index][real]
     labels = tokens if batch.labels is None else batch.labels[index][real]
-    return Row(tokens, _shifted(labels), where=partial(_batch_place, index))
+    return Row(tokens, _shifted(labels), where=partial(_batch_place, index, real.nonzero()[0]))
 
 
 def rows_from_data(data: Sequence[Datum]) -> list[Row]:
@@ -101,10 +101,16 @@ def _shifted(labels: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.append(labels[1:], np.int64(IGNORED))
 
 
-def _batch_place(index: int, field: str) -> str:
-    name = {"tokens": "input_ids", "target_tokens": "labels"}.get(field, field)
-    return f"$.batch.{name}[{index}]"
+def _batch_place(row: int, columns: NDArray[np.int64], field: str, position: int | None = None) -> str:
+    """A place of the batch as it was sent, padding included; a label stands one behind where it is predicted."""
+    name, shift = {"tokens": ("input_ids", 0), "target_tokens": ("labels", 1)}[field]
+    return f"$.batch.{name}{_brackets((row,) if position is None else (row, int(columns[position + shift])))}"
 
 
-def _datum_place(index: int, field: str) -> str:
-    return f"$.data[{index}].model_input" if field == "tokens" else f"$.data[{index}].loss_fn_inputs.{field}"
+def _datum_place(row: int, field: str, *index: int) -> str:
+    name = "model_input" if field == "tokens" else f"loss_fn_inputs.{field}"
+    return f"$.data[{row}].{name}{_brackets(index)}"
+
+
+def _brackets(index: Sequence[int]) -> str:
+    return "".join(f"[{position}]" for position in index)

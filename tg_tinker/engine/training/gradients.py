@@ -108,10 +108,10 @@ class GradientSum:
         check_tensors(tensors, expected, field="gradients", same_dtype=True)
 
     def load(self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
-        """Continue from saved sums that passed :meth:`check`."""
+        """Continue from saved sums that passed :meth:`check`; they become this run's own."""
         self.clear()
         for name, parameter in self._parameters.items() if counters["passes"] else ():
-            parameter.grad = tensors[f"grad.{name}"].to(parameter.device, copy=True)
+            parameter.grad = tensors[f"grad.{name}"]
         self.passes, self.tokens, self.normalised = counters["passes"], counters["tokens"], counters["normalised"]
 
     def _sums(self) -> dict[str, Tensor]:

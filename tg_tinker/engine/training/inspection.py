@@ -5,7 +5,7 @@ Shapes and numbers only; what a loss computes is in ``losses``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["inspect", "loss_settings"]
 
 _SHOWN = 20
+
+Fault: TypeAlias = tuple[str, str, object]  # its place, what was expected there, what is there
 
 
 def loss_settings(loss_fn: str, config: Mapping[str, float | bool] | None) -> tuple[Loss, dict[str, float | bool]]:
@@ -55,33 +57,45 @@ def inspect(rows: Sequence[Row], loss: Loss, *, vocab_size: int, max_length: int
     if len(ranks) > 1 or (ranks != {()} and (loss.is_rl or loss.rows_per_unit > 1)):
         constraint = "one target per position, or for cross_entropy the same K for every row"
         raise checks.refuse("data[*].loss_fn_inputs.target_tokens", constraint, sorted(ranks))
-    problems = [problem for row in rows for problem in _row_problems(row, loss, vocab_size, max_length)]
-    if problems:
-        place = problems[0].rpartition(" @ $.")[2]
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InvalidRequestError(problems[0] + more, field=place, problems=problems[:_SHOWN])
+    faults = [fault for row in rows for fault in _row_faults(row, loss, vocab_size, max_length)]
+    if faults:
+        raise _error(faults)
 
 
-def _row_problems(row: Row, loss: Loss, vocab_size: int, max_length: int) -> Iterator[str]:
+def _error(faults: Sequence[Fault]) -> InvalidRequestError:
+    place, constraint, told = faults[0]
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    field = place.removeprefix("$.")
+    return InvalidRequestError(
+        f"{field}: expected {constraint}, got {told}{more}",
+        field=field,
+        constraint=constraint,
+        problems=[f"expected {constraint}, got {told} @ {place}" for place, constraint, told in faults[:_SHOWN]],
+    )
+
+
+def _row_faults(row: Row, loss: Loss, vocab_size: int, max_length: int) -> Iterator[Fault]:
     length = len(row.tokens)
     if not 1 <= length <= max_length:
-        yield f"{length} tokens; expected 1 to {max_length} @ {row.where('tokens')}"
+        yield row.where("tokens"), f"1 to {max_length} tokens", length
         return
-    yield from _out_of_range(row.tokens, row.tokens >= 0, vocab_size, row.where("tokens"))
+    ids = f"a token id from 0 to {vocab_size - 1}"
+    yield from _first(_out_of_range(row.tokens, vocab_size), row, "tokens", row.tokens, ids)
     if row.targets.shape[0] != length or row.targets.ndim > 2:
-        yield f"shape {row.targets.shape}; expected one target per token ({length}) @ {row.where('target_tokens')}"
+        yield row.where("target_tokens"), f"one target per token, {length}", f"shape {row.targets.shape}"
         return
-    yield from _out_of_range(row.targets, row.targets != IGNORED, vocab_size, row.where("target_tokens"))
-    yield from _input_problems(row, loss)
+    wrong = _out_of_range(row.targets, vocab_size) & (row.targets != IGNORED)
+    yield from _first(wrong, row, "target_tokens", row.targets, f"{ids}, or {IGNORED}")
+    yield from _input_faults(row, loss)
 
 
-def _input_problems(row: Row, loss: Loss) -> Iterator[str]:
+def _input_faults(row: Row, loss: Loss) -> Iterator[Fault]:
     missing = [name for name in loss.required_inputs if name not in row.inputs]
-    yield from (f"missing; this loss needs {', '.join(loss.required_inputs)} @ {row.where(name)}" for name in missing)
+    needed = f"a tensor: this loss needs {', '.join(loss.required_inputs)}"
+    yield from ((row.where(name), needed, "none") for name in missing)
     shapes = {name: row.inputs[name].shape for name in loss.input_names if name in row.inputs}
     wrong = [name for name, shape in shapes.items() if shape != _expected_shape(row, name)]
-    for name in wrong:
-        yield f"shape {shapes[name]}; expected {_expected_shape(row, name)} @ {row.where(name)}"
+    yield from ((row.where(name), f"shape {_expected_shape(row, name)}", str(shapes[name])) for name in wrong)
     if missing or wrong:
         return
     active = active_positions(loss, row)
@@ -89,24 +103,22 @@ def _input_problems(row: Row, loss: Loss) -> Iterator[str]:
         values = row.inputs[name]
         if name == "temperatures":
             wrong_there = row.labelled & ~(np.isfinite(values) & (values > 0))
-            yield from _first(wrong_there, values, "a finite number above 0", row.where(name))
+            yield from _first(wrong_there, row, name, values, "a finite number above 0")
         else:
-            yield from _first(active & ~np.isfinite(values), values, "a finite number", row.where(name))
+            yield from _first(active & ~np.isfinite(values), row, name, values, "a finite number")
 
 
 def _expected_shape(row: Row, name: str) -> tuple[int, ...]:
     return row.tokens.shape if name == "temperatures" else row.targets.shape
 
 
-def _out_of_range(ids: NDArray[np.int64], used: NDArray[Any], vocab_size: int, where: str) -> Iterator[str]:
-    yield from _first(
-        (used & ((ids < 0) | (ids >= vocab_size))) | (ids < IGNORED), ids, f"0 to {vocab_size - 1}", where
-    )
+def _out_of_range(ids: NDArray[np.int64], vocab_size: int) -> NDArray[np.bool_]:
+    return (ids < 0) | (ids >= vocab_size)
 
 
-def _first(bad: NDArray[Any], values: NDArray[Any], expected: str, where: str) -> Iterator[str]:
+def _first(bad: NDArray[Any], row: Row, name: str, values: NDArray[Any], expected: str) -> Iterator[Fault]:
     """Name the first bad value of an array, by its index; an infinity of the client's comes out of JSON as a NaN."""
     if bad.any():
         index = np.unravel_index(int(bad.argmax()), bad.shape)
-        told = values[index] if np.isfinite(values[index]) else "not finite"
-        yield f"{told}; expected {expected} @ {where}{''.join(f'[{int(i)}]' for i in index)}"
+        told = values[index] if np.isfinite(values[index]) else "one that is not"
+        yield row.where(name, *(int(position) for position in index)), expected, told

@@ -57,7 +57,7 @@ def save(trainer: Trainer, *, include_optimizer: bool) -> TrainerState:
 def load(trainer: Trainer, state: TrainerState, *, with_optimizer: bool) -> tuple[str, ...]:
     """Put ``state`` into ``trainer``, and name the circumstances that differ.
 
-    Raises ``InvalidRequestError`` before anything changes when the state does not fit.
+    Raises ``InvalidRequestError`` when the state does not fit. Whatever is raised comes before anything changes.
     """
     counters = state.counters
     _check_counters(trainer, counters, with_optimizer=with_optimizer)
@@ -70,14 +70,15 @@ def load(trainer: Trainer, state: TrainerState, *, with_optimizer: bool) -> tupl
     check_tensors(adapter, own, field="state", same_dtype=True)
     if with_optimizer:
         trainer.gradients.check(gradients, counters["gradients"])
-        trainer.optimizer.load(moments, counters["optimizer"])
-        trainer.gradients.load(gradients, counters["gradients"])
+        sums = {name: value.to(trainer.base.device, copy=True) for name, value in gradients.items()}
+        trainer.optimizer.load(moments, counters["optimizer"])  # the last that needs memory
+        trainer.gradients.load(sums, counters["gradients"])
         trainer.seed, trainer.dropout_counter = counters["seed"], counters["dropout_counter"]
     else:
         trainer.optimizer.reset()
         trainer.discard_gradients()
         trainer.dropout_counter = 0
-    trainer.adapter.load(adapter)
+    trainer.adapter.replace(adapter)
     trainer.step = counters["step"]
     then, now = counters["made_with"], _circumstances(trainer)
     return tuple(f"{key}: {then.get(key)} then, {now[key]} now" for key in now if then.get(key) != now[key])

@@ -191,9 +191,11 @@ class Trainer:
         """Continue from ``state``; without its optimizer, take adapter and step and start from no moments.
 
         The answer names what may keep the continuation from being exact to the bit: nothing, on the same machine.
-        Raises ``InvalidRequestError`` when the state does not fit; then nothing has changed.
+        Raises ``InvalidRequestError`` when the state does not fit, ``ServerError`` when memory runs out; then nothing
+        has changed.
         """
-        return run_state.load(self, state, with_optimizer=with_optimizer)
+        with memory.guard("loading the state", _FREE_MEMORY):
+            return run_state.load(self, state, with_optimizer=with_optimizer)
 
     def _admit(
         self, rows: Sequence[Row], loss_fn: str, config: Mapping[str, float | bool] | None

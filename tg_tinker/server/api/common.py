@@ -19,7 +19,7 @@ from tg_tinker.server.training.runs import Run, Surface
 from tg_tinker.store.names import check_label
 from tg_tinker.types import arguments, checks
 from tg_tinker.types.arguments import MOST_SECONDS
-from tg_tinker.wire import codec, headers
+from tg_tinker.wire import codec, headers, names
 
 T = TypeVar("T")
 
@@ -56,15 +56,18 @@ async def run_of(request: web.Request, run_id: str, surface: Surface | None = No
     run = rooms.runs.find(tenant, run_id, surface)
     if run is None:
         await rooms.registry.explain(tenant, run_id)
-        kind = "training_client" if surface == "tg" else "run"
-        raise ResourceNotFoundError(f"no such {kind.replace('_', ' ')}", resource_type=kind, resource_id=run_id)
+        loops = surface == "loops" or (surface is None and run_id.startswith("run-"))
+        kind = "run" if loops else "training_client"
+        message = f"no such {kind.replace('_', ' ')}: {checks.shown(run_id)}"
+        raise ResourceNotFoundError(message, resource_type=kind, resource_id=run_id)
     return run
 
 
 async def read(request: web.Request, cls: type[T], *, exact: bool = False) -> T:
     """The body as a checked value; raises ``InvalidRequestError`` with every fault.
 
-    ``exact``: a key that ``cls`` does not know is a fault too, as on the TG wire; others ignore it.
+    ``exact``, as on the TG wire: a key that ``cls`` does not know is a fault too, and so is one that comes twice;
+    others ignore the one, and take the last of the other.
     """
 
     def decode(fields: dict[str, Any]) -> T:
@@ -72,14 +75,19 @@ async def read(request: web.Request, cls: type[T], *, exact: bool = False) -> T:
             checks.refuse_unknown(cls, fields)
         return codec.decode(cls, fields)
 
-    return await read_as(request, decode)
+    return await read_as(request, decode, exact=exact)
 
 
-async def read_as(request: web.Request, decode: Callable[[dict[str, Any]], T]) -> T:
-    """What ``decode`` makes of the body, which must be a JSON object; it may run in a thread."""
+async def read_as(request: web.Request, decode: Callable[[dict[str, Any]], T], *, exact: bool = False) -> T:
+    """What ``decode`` makes of the body, which must be a JSON object; it may run in a thread.
+
+    ``exact``: a key that comes twice is refused.
+    """
 
     def parse(body: bytes) -> T:
         fields = codec.loads(body or b"{}")
+        if exact:
+            names.refuse_repeated(body, fields)
         if not isinstance(fields, dict):
             raise checks.refuse("body", "a JSON object", fields)
         return decode(fields)
@@ -147,7 +155,8 @@ async def held(request: web.Request, future_id: str) -> Held:
     if found is None or (isinstance(found, Ticket) and found.dropped):
         found = await rooms.journal.find(tenant, future_id)
     if found is None:
-        raise ResourceNotFoundError("no such future", resource_type="future", resource_id=future_id)
+        message = f"no such future: {checks.shown(future_id)}"
+        raise ResourceNotFoundError(message, resource_type="future", resource_id=future_id)
     return found
 
 

@@ -58,14 +58,14 @@ async def init_trainer_server(request: web.Request) -> web.Response:
 async def forward(request: web.Request) -> web.Response:
     """Accept a pass without gradients."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await _read_pass(request)
+    body = await _read_pass(request, run)
     return await _submit(request, run, "forward", lambda _: loops_operations.forward(run, engine, body))
 
 
 async def forward_backward(request: web.Request) -> web.Response:
     """Accept a pass with gradients."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await _read_pass(request)
+    body = await _read_pass(request, run)
     ticket = await common.submit(
         request, run, "forward_backward", lambda t: loops_operations.forward_backward(run, engine, t, body)
     )
@@ -152,13 +152,15 @@ async def _load(request: web.Request, name: str, *, with_optimizer: bool) -> web
     )  # fmt: skip
 
 
-async def _read_pass(request: web.Request) -> loops.PassRequest:
+async def _read_pass(request: web.Request, run: Run) -> loops.PassRequest:
     body = await common.read(request, loops.PassRequest)
     if body.top_k_logprobs:
         raise checks.refuse("top_k_logprobs", "0: passes give the logprobs of the targets alone", body.top_k_logprobs)
     datums(body.data)
     losses.settings(body.loss_fn, body.loss_fn_config)
     losses.require_inputs(body.loss_fn, body.data)
+    if run.privacy is None:  # with it, a refusal would tell what the examples are like
+        losses.require_targets(body.data)
     return body
 
 
@@ -184,7 +186,8 @@ async def _held(request: web.Request) -> Held:
     name = request.match_info["id"]
     held = await common.held(request, name)
     if held.info().training_client_id != request.match_info["run"]:
-        raise ResourceNotFoundError("no such operation", resource_type="operation", resource_id=name)
+        message = f"no such operation: {checks.shown(name)}"
+        raise ResourceNotFoundError(message, resource_type="operation", resource_id=name)
     return held
 
 

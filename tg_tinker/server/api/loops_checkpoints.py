@@ -11,7 +11,7 @@ from aiohttp import web
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.server.api import common, query
-from tg_tinker.server.middleware import event_id
+from tg_tinker.server.middleware import error_response, event_id
 from tg_tinker.server.serving.published import check_serves
 from tg_tinker.types import checks
 from tg_tinker.types.loops_results import Checkpoint, CheckpointFile, CheckpointFilesResponse, LoraAdapterConfig
@@ -104,7 +104,10 @@ def _piece(request: web.Request, content: bytes, headers: dict[str, str]) -> web
     if "Range" not in request.headers:
         return web.Response(body=content, content_type=kind, headers=headers)
     if start >= stop:
-        return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{len(content)}"})
+        error = checks.refuse("Range", f"bytes before {len(content)}", request.headers["Range"])
+        refusal = error_response(request, error, 416)
+        refusal.headers.update({**headers, "Content-Range": f"bytes */{len(content)}"})
+        return refusal
     told = {**headers, "Content-Range": f"bytes {start}-{stop - 1}/{len(content)}"}
     return web.Response(status=206, body=content[start:stop], content_type=kind, headers=told)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 from aiohttp import web
 
+from tg_tinker.errors import ServerError
 from tg_tinker.server.api import common
+from tg_tinker.server.middleware import error_response
 from tg_tinker.types import checks
 from tg_tinker.wire import headers, tg
 
@@ -36,7 +38,7 @@ async def health(_: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """It answers, and the engine is imported: the next request waits for a model at most."""
     if common.rooms_of(request).warming.is_alive():
-        return common.reply({"status": "starting"}, 503)
+        return error_response(request, ServerError("the engine is being imported", code="STARTING"), 503)
     return await health(request)
 
 

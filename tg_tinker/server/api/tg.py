@@ -15,6 +15,7 @@ from tg_tinker.server.records.tickets import Ticket, outcome_of
 from tg_tinker.server.training import tg_operations
 from tg_tinker.server.training.runs import Run
 from tg_tinker.types import arguments, checks, results
+from tg_tinker.types.batch import require_labels
 from tg_tinker.types.config import TrainingConfig
 from tg_tinker.wire import codec, digest, headers, tg
 
@@ -39,7 +40,7 @@ def routes() -> list[web.RouteDef]:
 
 async def create(request: web.Request) -> web.Response:
     """Make a run, from a saved state if the body names one."""
-    config, checkpoint_id = await common.read_as(request, _new_run)
+    config, checkpoint_id = await common.read_as(request, _new_run, exact=True)
     key = common.idempotency_key(request)
     run = await common.creation_of(request).tg_run(common.tenant_of(request), config, checkpoint_id, key)
     return common.reply(info(run), 201)
@@ -70,6 +71,8 @@ async def forward_backward(request: web.Request) -> web.Response:
     """Accept a pass."""
     run, engine = await _run(request), common.rooms_of(request).engine
     body = await common.read(request, tg.ForwardBackwardRequest, exact=True)
+    if run.privacy is None:  # with it, a refusal would tell what the examples are like
+        require_labels(body.batch)
     label = _batch_hash(run, body)
     ticket = await common.submit(
         request, run, "forward_backward", lambda t: tg_operations.forward_backward(run, engine, t, body, label)
@@ -90,7 +93,7 @@ async def optim_step(request: web.Request) -> web.Response:
 async def sample(request: web.Request) -> web.Response:
     """Sample with the adapter as it is at this place in the run's order."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read_as(request, _sample_request)
+    body = await common.read_as(request, _sample_request, exact=True)
     prompts, seed = await _prompts(run, body), _seed(body)
     ticket = await common.submit(
         request, run, "sample", lambda _: tg_operations.sample(run, engine, body, prompts, seed)
@@ -101,7 +104,7 @@ async def sample(request: web.Request) -> web.Response:
 async def sample_stream(request: web.Request) -> web.StreamResponse:
     """The same for one prompt, token by token; the headers go out when the place in the order is taken."""
     run, engine = await _run(request), common.rooms_of(request).engine
-    body = await common.read_as(request, _sample_request)
+    body = await common.read_as(request, _sample_request, exact=True)
     if len(body.prompts) != 1:
         raise checks.refuse("prompts", "a single prompt", list(body.prompts))
     prompts, seed, stream = await _prompts(run, body), _seed(body), streams.TokenStream(body.num_completions)

@@ -17,6 +17,7 @@ import attrs
 from tg_tinker.errors import ResourceNotFoundError
 from tg_tinker.server.training.runs import Run
 from tg_tinker.server.weights.models import Model, Models
+from tg_tinker.types import checks
 from tg_tinker.wire.checkpoint_uri import CheckpointUri
 
 MOST = 10_000  # samplers without a run; the one used longest ago is forgotten first
@@ -89,7 +90,7 @@ class Samplers:
         """
         sampler = self._of_runs.get((tenant, sampler_id)) or self._bare.get((tenant, sampler_id))
         if sampler is None:
-            message = "no such sampler; create_sampling_client makes a new one"
+            message = f"no such sampler: {checks.shown(sampler_id)}; create_sampling_client makes a new one"
             raise ResourceNotFoundError(message, resource_type="sampler", resource_id=sampler_id)
         return sampler
 
