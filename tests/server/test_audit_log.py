@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import sqlite3
+from datetime import UTC, datetime
 
 import attrs
 import pytest
@@ -13,6 +15,7 @@ from sqlalchemy import delete
 from sqlalchemy.exc import OperationalError
 
 from tg_tinker import ServiceClient
+from tg_tinker.server.auth import new_key
 from tg_tinker.server.middleware import ROOMS
 from tg_tinker.server.ownership import folder_of
 from tg_tinker.server.records import background_writer, trail
@@ -79,6 +82,21 @@ async def test_denied_access_leaves_a_trace(client):
     assert (await other.get(run)).status == 404
     (entry,) = entries_of(await other.get("/v1/audit_logs?operation=denied"))
     assert (entry.success, entry.error_code) == (False, "TRAINING_CLIENT_NOT_FOUND")
+
+
+async def test_the_use_of_a_lapsed_key_leaves_a_trace(serve):
+    """Who still uses a revoked key is on record in the log of its tenant, once in a while; who guesses one is not."""
+    client = await serve()
+    text, row = new_key("tenant-a")
+    database = client.server.app[ROOMS].database
+    await database.add_tenant("tenant-a", row.created_at)
+    await database.add_api_key(row)
+    await database.revoke_api_key(row.key_id, datetime.now(UTC))
+    for key in (text, text, text[:-1] + ("a" if text[-1] != "a" else "b"), f"tg_{'0' * 16}_{'a' * 43}"):
+        assert (await client.as_tenant(key).get("/v1/futures")).status == 401
+    (entry,) = entries_of(await client.get("/v1/audit_logs?operation=denied"))
+    assert (entry.error_code, row.key_id in entry.error_message) == ("AUTHENTICATION_REQUIRED", True)
+    assert text not in json.dumps(entry.to_dict(), default=str)
 
 
 async def test_a_failure_that_is_told_again_is_no_denial(client, engine):

@@ -27,6 +27,7 @@ PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/api/v1/health", "/v1/
 _SCHEMES = ("bearer", "api-key")
 _KEY = re.compile(r"tg_(?P<id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})")
 _REMEMBERED = 5.0  # seconds; a revoked key works no longer than this
+_TOLD = 60.0  # seconds in which the use of one lapsed key goes on record once: a program left running asks for ever
 _NO_HASH = hashlib.sha256(b"").hexdigest()
 
 
@@ -54,6 +55,7 @@ class Keys:
         self._own = {_hash(key): tenant for key, tenant in settings.keys.items()}
         self._database = database
         self._rows: dict[str, tuple[float, ApiKeyRow | None]] = {}
+        self._lapsed: dict[str, float] = {}  # key id -> when its use went on record last
         self._ever: tuple[float, bool] = (-_REMEMBERED, False)  # when asked, and whether there ever was a key
 
     async def usable(self) -> bool:
@@ -84,10 +86,22 @@ class Keys:
             if await self.required():
                 raise AuthenticationError("give an API key: Authorization: Bearer <key>")
             return LOCAL_TENANT
-        tenant = self._own_tenant(key) or await self._stored_tenant(key)
-        if tenant is None:
+        tenant = self._own_tenant(key)
+        if tenant is not None:
+            return tenant
+        row = await self._stored(key)
+        if row is None or not row.usable(datetime.now(UTC)):
             raise AuthenticationError("the API key is not known here, or no longer valid")
-        return tenant
+        return row.tenant_id
+
+    async def lapsed(self, authorization: str | None) -> ApiKeyRow | None:
+        """The key behind a refused header, if it was good once and its use is to go on record now."""
+        key, now = _key_of(authorization), monotonic()
+        row = None if key is None else await self._stored(key)
+        if row is None or now < self._lapsed.get(row.key_id, -_TOLD) + _TOLD:
+            return None
+        self._lapsed[row.key_id] = now
+        return row
 
     def _own_tenant(self, key: str) -> str | None:
         offered, found = _hash(key), None
@@ -96,12 +110,13 @@ class Keys:
                 found = tenant
         return found
 
-    async def _stored_tenant(self, key: str) -> str | None:
+    async def _stored(self, key: str) -> ApiKeyRow | None:
+        """The row of a key of the database, usable or not."""
         parts = _KEY.fullmatch(key)
         row = None if parts is None else await self._row(parts["id"])
         offered = _hash(key if parts is None else parts["secret"])
         same = hmac.compare_digest(_NO_HASH if row is None else row.secret_hash, offered)
-        return row.tenant_id if row is not None and same and row.usable(datetime.now(UTC)) else None
+        return row if same else None
 
     async def _row(self, key_id: str) -> ApiKeyRow | None:
         asked, row = self._rows.get(key_id, (-_REMEMBERED, None))

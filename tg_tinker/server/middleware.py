@@ -11,7 +11,14 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from tg_tinker.errors import AuthorizationError, InvalidRequestError, ResourceNotFoundError, ServerError, TGTinkerError
+from tg_tinker.errors import (
+    AuthenticationError,
+    AuthorizationError,
+    InvalidRequestError,
+    ResourceNotFoundError,
+    ServerError,
+    TGTinkerError,
+)
 from tg_tinker.server.auth import PUBLIC
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.tasks import whole
@@ -82,7 +89,11 @@ async def authenticate(request: web.Request, handler: Handler) -> web.StreamResp
     resource = request.match_info.route.resource
     if resource is None or resource.canonical not in PUBLIC:
         rooms = request.app[ROOMS]
-        request[TENANT] = await whole(rooms.keys.tenant_of(request.headers.get("Authorization")))
+        try:
+            request[TENANT] = await whole(rooms.keys.tenant_of(request.headers.get("Authorization")))
+        except AuthenticationError:
+            await whole(_note_lapsed_key(request))
+            raise
         rooms.rate_limit.take(request[TENANT])
         await whole(rooms.auditing.find_head(request[TENANT]))
     return await handler(request)
@@ -161,6 +172,15 @@ async def _on_record(request: web.Request, error: TGTinkerError) -> TGTinkerErro
         except ServerError as unrecorded:
             return unrecorded
     return error
+
+
+async def _note_lapsed_key(request: web.Request) -> None:
+    """Leave a trace in the log of whose key it was. Raises ``ServerError`` if that takes too long."""
+    rooms = request.app[ROOMS]
+    key = await rooms.keys.lapsed(request.headers.get("Authorization"))
+    if key is not None:
+        error = AuthenticationError(f"the API key {key.key_id} was used, which is revoked or has expired")
+        await rooms.auditing.happened(key.tenant_id, "denied", event_id(request), error)
 
 
 async def _await(handler: Handler, request: web.Request) -> web.StreamResponse:
