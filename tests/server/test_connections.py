@@ -95,7 +95,8 @@ async def test_the_log_does_not_repeat_a_broken_key(send, caplog):
 
 async def test_a_url_that_is_none_costs_one_line(send, caplog):
     """Where aiohttp's parser breaks down, the connection ends; no traceback, and the server goes on."""
-    assert await send(b"GET http://[/v1/futures HTTP/1.1\r\n" + AUTHORIZED + b"\r\n") == b""
+    answer = await send(b"GET http://[/v1/futures HTTP/1.1\r\n" + AUTHORIZED + b"\r\n")
+    assert answer == b"" or refused(answer, 400, "HTTP_400")  # that of 3.14 says what is wrong
     (record,) = caplog.records
     assert (record.name, record.exc_info) == ("tg_tinker.server", None)
     assert b" 200 OK" in await send(GET + AUTHORIZED + b"\r\n")

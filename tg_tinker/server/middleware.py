@@ -7,6 +7,7 @@ import math
 import re
 import secrets
 from collections.abc import Awaitable, Callable
+from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
@@ -28,8 +29,9 @@ from tg_tinker.wire import codec, headers
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 ROOMS: web.AppKey[Rooms] = web.AppKey("rooms", Rooms)
-REQUEST_ID = "tg_tinker.request_id"
-TENANT = "tg_tinker.tenant"
+_key: Callable[[str, type], Any] = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp has it since 3.14
+REQUEST_ID = _key("tg_tinker.request_id", str)
+TENANT = _key("tg_tinker.tenant", str)
 
 _log = logging.getLogger("tg_tinker.server")
 #: what belongs to a tenant
