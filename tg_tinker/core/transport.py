@@ -81,6 +81,8 @@ class _Tries:
             raise failure
         if isinstance(failure, ServerUnreachableError) and failure.url is None:
             raise failure  # no server could be started here: the network is not to blame
+        if isinstance(failure.__cause__, ValueError):
+            raise failure  # a certificate that is not trusted, or a URL that is none, is the same at the next try
         self._made += 1
         delay = self._policy.delay(self._made, None if reply is None else reply.retry_after())
         late = asyncio.get_running_loop().time() + delay > self._deadline
