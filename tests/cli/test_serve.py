@@ -15,7 +15,7 @@ import attrs
 import pytest
 from click.testing import CliRunner
 
-from tg_tinker.cli import main
+from tg_tinker.cli import main, serve
 from tg_tinker.server.settings import Settings
 
 SERVE = [sys.executable, "-W", "error", "-m", "tg_tinker.cli", "serve"]
@@ -73,6 +73,13 @@ def test_other_machines_are_not_served_without_a_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("everywhere", ["0.0.0.0", "[::]"])
+def test_other_machines_are_told_a_name(capsys: pytest.CaptureFixture[str], everywhere: str) -> None:
+    """What is printed for others to copy names this machine; no other one could connect to "every address"."""
+    serve._announce(f"http://{everywhere}:8000")
+    assert capsys.readouterr().err == f"export TG_TINKER_BASE_URL=http://{socket.gethostname()}:8000\n"
+
+
 def test_a_taken_port_is_told(tmp_path: Path) -> None:
     """A port that somebody else listens on is an error of one line that says what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

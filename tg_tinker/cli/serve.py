@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,4 +98,6 @@ def command(
 def _announce(url: str) -> None:
     """Say where the server is and how to reach it, in a form that a shell can copy."""
     click.echo(f"serving at {url}; Ctrl-C ends it")
-    click.echo(f"export TG_TINKER_BASE_URL={url}", err=True)
+    # "every address of this machine" is none that another one could connect to
+    reachable = re.sub(r"//(0\.0\.0\.0|\[::\])", f"//{socket.gethostname()}", url)
+    click.echo(f"export TG_TINKER_BASE_URL={reachable}", err=True)
