@@ -145,10 +145,15 @@ def test_a_notebook_is_not_warned(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_submit_inside_a_loop_returns_at_once(threaded: ThreadedServer, toy: Toy) -> None:
     """In a coroutine the plain form does not wait for the server; awaiting the future does."""
+    from fixtures import faults
+
+    answer = asyncio.Event()
+    threaded.script.faults["forward_backward"].append(faults.until(answer))
 
     async def main() -> None:
         future = toy.forward_backward([1])
         assert future.id == ""
+        threaded.loop.call_soon_threadsafe(answer.set)
         assert (await future) == Numbered(1)
         assert future.id == "fut-1"
 

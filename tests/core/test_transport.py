@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import aiohttp
 import pytest
 from fixtures import faults
 from fixtures.client import FORWARD_BACKWARD, HEALTH, QUICK, TG, Toy, connect_here
@@ -221,6 +222,28 @@ async def test_a_request_in_flight_at_close_says_so(server: ScriptedServer, conn
     await connection.aclose()
     with pytest.raises(errors.ClientClosedError):
         await waiting
+
+
+async def test_a_request_that_opens_the_session_at_close_says_so(
+    server: ScriptedServer, connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that comes up after the close is closed again, and nothing is sent through it."""
+    gate, new_session = asyncio.Event(), transport._new_session
+
+    async def late(*, verify_ssl: bool) -> aiohttp.ClientSession:
+        await gate.wait()
+        return await new_session(verify_ssl=verify_ssl)
+
+    monkeypatch.setattr(transport, "_new_session", late)
+    waiting = [asyncio.create_task(connection.send(HEALTHY)) for _ in range(2)]
+    await asyncio.sleep(0)
+    await connection.aclose()
+    gate.set()
+    for request in waiting:
+        with pytest.raises(errors.ClientClosedError):
+            await request
+    assert not connection.is_open()
+    assert server.requests == []
 
 
 @pytest.mark.parametrize("verify", [True, False])

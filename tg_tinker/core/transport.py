@@ -224,7 +224,11 @@ class Connection:
             self._opening, self._gate, self.polls = asyncio.Lock(), Gate(), asyncio.Semaphore(limit - limit // 8)
         async with self._opening:
             if self._session is None:
-                self._session = await _new_session(verify_ssl=self._verify_ssl)
+                session = await _new_session(verify_ssl=self._verify_ssl)
+                if self.closed:
+                    await session.close()
+                    raise ClientClosedError("the client was closed while it waited for the server")
+                self._session = session
                 self.home.host(self)
             return self._session
 
