@@ -22,14 +22,15 @@ class Input:
 
     def __new__(cls, /, *_: Any, **fields: Any) -> Self:
         """Look at the names; ``__init__`` looks at the values."""
-        kind: type = cls  # of which mypy knows that it is hashable
+        kind: Any = cls
         checks.refuse_others(fields, _arguments(kind), f"no field of {cls.__name__}")
         return super().__new__(cls)
 
 
 @cache
-def _arguments(kind: type) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind).parameters)
+def _arguments(kind: Any) -> tuple[str, ...]:
+    """What ``__init__`` takes; of the class itself some Pythons tell what ``__new__`` does."""
+    return tuple(inspect.signature(kind.__init__).parameters)[1:]
 
 
 class Value:
