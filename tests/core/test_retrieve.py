@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import threading
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -233,11 +235,23 @@ async def test_progress_is_seen(server: ScriptedServer, toy: Toy) -> None:
     await future
 
 
-async def test_large_results_are_decoded_off_the_loop(server: ScriptedServer, toy: Toy) -> None:
-    """A big answer does not stall the loop, and arrives."""
+@pytest.mark.parametrize(("padding", "here"), [(300, True), (300_000, False)])
+async def test_large_results_are_decoded_off_the_loop(
+    server: ScriptedServer, toy: Toy, monkeypatch: pytest.MonkeyPatch, padding: int, *, here: bool
+) -> None:
+    """A big answer is decoded in another thread, where it stalls nobody; a small one is not worth the way there."""
+    threads, decoded = list[threading.Thread](), retrieve.decoded
+
+    def watched(*arguments: Any) -> Any:
+        threads.append(threading.current_thread())
+        return decoded(*arguments)
+
+    monkeypatch.setattr(retrieve, "decoded", watched)
     future = await toy.forward_backward_async([1])
-    server.operations["fut-1"].result = {"number": 1, "padding": "x" * 300_000}
+    server.operations["fut-1"].result = {"number": 1, "padding": "x" * padding}
     assert await future == Numbered(1)
+    (thread,) = threads
+    assert (thread is threading.current_thread()) == here
 
 
 async def test_crowded_polls_are_held_shortly(server: ScriptedServer, toy: Toy) -> None:

@@ -272,10 +272,20 @@ async def test_an_abandoned_connection_opens_another_session(connection: Connect
     await connector.close()
 
 
-async def test_concurrent_first_requests_share_one_session(connection: Connection) -> None:
+async def test_concurrent_first_requests_share_one_session(
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The session is made once, whoever comes first."""
+    made, new_session = list[aiohttp.ClientSession](), transport._new_session
+
+    async def counted(*, verify_ssl: bool) -> aiohttp.ClientSession:
+        made.append(await new_session(verify_ssl=verify_ssl))
+        return made[-1]
+
+    monkeypatch.setattr(transport, "_new_session", counted)
     replies = await asyncio.gather(*(connection.send(HEALTHY) for _ in range(20)))
-    assert all(reply.status == 200 for reply in replies)
+    assert {reply.status for reply in replies} == {200}
+    assert len(made) == 1
 
 
 async def test_a_large_body_arrives_whole(server: ScriptedServer, toy: Toy) -> None:

@@ -80,6 +80,7 @@ def test_samplers_of_base_models_and_checkpoints(service: ServiceClient, trainer
     score = saved.compute_logprobs(prompt)[1]
     assert score == pytest.approx(paired.compute_logprobs(prompt)[1], abs=1e-5)
     assert score != pytest.approx(base.compute_logprobs(prompt)[1], abs=1e-3)
-    assert base.sample(prompt, 1, params).sequences[0].text is not None
+    (sequence,) = base.sample(prompt, 1, params).sequences
+    assert sequence.text == base.get_tokenizer().decode(sequence.tokens, skip_special_tokens=True)
     with pytest.raises(ResourceNotFoundError):
         trainer.create_sampling_client(f"bt://loops:{trainer.run_id}/sampler_weights/nowhere")

@@ -91,10 +91,13 @@ async def test_a_shutdown_answers_everybody_who_waits(serve, engine):
     async with asyncio.timeout(30):
         while client.server.handler.requests_count < asked + 2:
             await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
+    closing = asyncio.create_task(client.server.close())
+    async with asyncio.timeout(30):
+        while not client.server.app[ROOMS].scheduler._closed:  # then no second micro-batch comes
+            await asyncio.sleep(0.005)
     engine.gate.set()
-    await client.server.close()
-    assert (await poll)["error"] is None or (await poll)["error"]["code"] == "SERVER_RESTARTED"
+    await closing
+    assert (await poll)["error"]["code"] == "SERVER_RESTARTED"
     assert (await version).json == {"policy_version": 0}
 
 
@@ -306,24 +309,26 @@ async def test_a_result_is_stored_only_when_its_row_has_it(serve, engine, monkey
     client = await serve()
     run = await client.create(MODEL)
     journal, database = client.server.app[ROOMS].journal, client.server.app[ROOMS].database
-    begun, ended, save = asyncio.Event(), asyncio.Event(), database.save_futures
+    begun, ended, written, save = asyncio.Event(), asyncio.Event(), asyncio.Event(), database.save_futures
 
     async def slowly(rows):
         begun.set()
         async with asyncio.timeout(30):
             await ended.wait()
         await save(rows)
+        written.set()
 
     monkeypatch.setattr(database, "save_futures", slowly)
+    engine.gate.clear()
     await client.submit(f"{run}/forward_backward", {"batch": BATCH})
     await begun.wait()
+    monkeypatch.setattr(journal, "note", lambda _: None)  # nothing more is written of it
+    engine.gate.set()
     (ticket,) = client.server.app[ROOMS].tickets
     await ticket.wait(None)
-    monkeypatch.setattr(journal, "note", lambda _: None)  # nothing more is written of it
     ended.set()
     async with asyncio.timeout(30):
-        while await database.get_future("tenant-a", ticket.id) is None:
-            await asyncio.sleep(0)
-    await asyncio.sleep(0.01)
-    assert ticket.done
-    assert ticket.stored == (await database.get_future("tenant-a", ticket.id)).finished
+        await written.wait()
+        await journal.flush()
+    row = await database.get_future("tenant-a", ticket.id)
+    assert (ticket.done, ticket.stored, row.finished) == (True, False, False)
