@@ -90,7 +90,8 @@ def typing(session: nox.Session) -> None:
 @nox.session
 def tests_bare(session: nox.Session) -> None:
     """Run what must work without torch: the client, its errors and its advice on what to install."""
-    install(session, "-e", ".", "pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "blockbuster")
+    tools = ("aioresponses", "blockbuster", "hypothesis", "pytest", "pytest-asyncio", "pytest-timeout")
+    install(session, "-e", ".", *tools)
     session.run("pytest", *(session.posargs or BARE))
 
 
