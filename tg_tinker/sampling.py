@@ -150,7 +150,7 @@ class SamplingClient(Closing):
             body,
             base=self._sampler.base_url,
             headers={headers.AFFINITY: affinity} if isinstance(affinity, str) else {},
-            decode=partial(read, prompt.to_ints()),
+            decode=partial(read, prompt),
             whole_reply=True,
             timeout=self._timeout,
         )
@@ -192,11 +192,11 @@ class SamplingClient(Closing):
         await wait_for_version(serving, minimum, ceiling=seconds)
 
 
-def _answer(prompt: list[int], reply: Reply) -> SampleResponse:
-    return completions.read_response(reply.json(), reply.headers, prompt)
+def _answer(prompt: ModelInput, reply: Reply) -> SampleResponse:
+    return completions.read_response(reply.json(), reply.headers, prompt.to_ints())
 
 
-def _prompt_logprobs(prompt: list[int], reply: Reply) -> list[float | None]:
+def _prompt_logprobs(prompt: ModelInput, reply: Reply) -> list[float | None]:
     scored = _answer(prompt, reply).prompt_logprobs
     if scored is None:
         raise ServerError("the sampler's answer scores no prompt", code="BAD_ANSWER")

@@ -162,7 +162,7 @@ def test_a_prompt_that_was_not_scored_is_a_server_error() -> None:
     choice = {"index": 0, "token_ids": [5], "finish_reason": "length"}
     body = codec.dumps({"choices": [choice]})
     with pytest.raises(ServerError) as caught:
-        sampling._prompt_logprobs([1, 2], Reply(200, {}, body))
+        sampling._prompt_logprobs(ModelInput.from_ints([1, 2]), Reply(200, {}, body))
     assert caught.value.code == "BAD_ANSWER"
 
 

@@ -105,7 +105,7 @@ class ModelInput(Input):
 
     def to_ints(self) -> list[int]:
         """All token ids in one list."""
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        return cast("list[int]", self.to_numpy().tolist())
 
     def to_numpy(self) -> NDArray[np.int64]:
         """All token ids in one int64 array, ``(length,)``."""

@@ -153,7 +153,7 @@ def _sequence(choice: Mapping[str, Any]) -> SampledSequence:
     values = logprobs.get("token_logprobs")
     return SampledSequence(
         tokens=tuple(tokens),
-        logprobs=None if values is None else tuple(float(value) for value in values),
+        logprobs=None if values is None else tuple(map(float, values)),
         stop_reason="length" if choice.get("finish_reason") == "length" else "stop",
         text=choice.get("text"),
     )
