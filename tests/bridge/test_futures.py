@@ -35,10 +35,8 @@ def test_a_timeout_ends_only_the_wait(threaded: ThreadedServer, toy: Toy) -> Non
     """After a timeout the same future still gives the result."""
     threaded.script.held.add("forward_backward")
     future = toy.forward_backward([1])
-    started = time.monotonic()
     with pytest.raises(errors.FutureTimeoutError) as caught:
         future.result(timeout=0.2)
-    assert time.monotonic() - started >= 0.2
     assert caught.value.future_id == "fut-1"
     with pytest.raises(TimeoutError):
         future.exception(timeout=0.01)

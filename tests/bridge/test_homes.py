@@ -124,7 +124,7 @@ def test_a_hop_that_is_dropped_stops_its_work(toy: Toy) -> None:
 
 
 @pytest.mark.parametrize("name", ["sample_async", "health_async"])
-def test_a_call_that_is_cancelled_before_its_first_step_leaves_nothing_behind(toy: Toy, name: str) -> None:
+def test_a_call_that_is_cancelled_before_its_first_step_leaves_no_coroutine(toy: Toy, name: str) -> None:
     """A task group that fails at once cancels tasks that never ran: no coroutine of ours is left to be awaited."""
     arguments = ("a prompt",) if name == "sample_async" else ()
 

@@ -246,6 +246,30 @@ async def test_a_request_that_opens_the_session_at_close_says_so(
     assert server.requests == []
 
 
+async def test_a_request_that_waits_for_its_turn_at_close_says_so(connection: Connection) -> None:
+    """More requests than may be on their way at once: those that are still waiting are not sent after the close."""
+    await connection.send(HEALTHY)
+    waiting = [asyncio.create_task(connection.send(HEALTHY)) for _ in range(300)]
+    await asyncio.sleep(0)
+    await connection.aclose()
+    outcomes = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {type(one) for one in outcomes} <= {Reply, errors.ClientClosedError}
+    assert errors.ClientClosedError in {type(one) for one in outcomes}
+
+
+async def test_a_server_that_ends_with_its_client_is_no_riddle(connection: Connection) -> None:
+    """Who closes a client while its server starts is told of the close, not of the end of that server."""
+
+    class Starting(FixedEndpoint):
+        async def resolve(self) -> tuple[str, str | None]:
+            connection.closed = True  # the close ends the server that is being started
+            raise errors.ServerUnreachableError("the server ended with exit code -15")
+
+    connection.endpoint = Starting("http://nowhere", None)
+    with pytest.raises(errors.ClientClosedError):
+        await connection.send(HEALTHY)
+
+
 @pytest.mark.parametrize("verify", [True, False])
 async def test_certificates_are_checked_unless_told_otherwise(server: ScriptedServer, *, verify: bool) -> None:
     """The choice reaches the connector."""

@@ -156,6 +156,8 @@ async def test_a_picture_on_a_page_of_another_site_loads_no_model(serve, engine)
     for site in ("same-site", "same-origin", "none"):
         assert (await client.get(path, Sec_Fetch_Site=site)).status == 200
     assert (await client.get(path, Sec_Fetch_Site="cross-site", Origin="http://localhost:3000")).status == 200
+    with_keys = await serve()  # which no page can send along with a picture
+    assert (await with_keys.get(path, Sec_Fetch_Site="cross-site")).status == 200
 
 
 async def test_too_many_requests_are_told_when_to_come_back(serve, monkeypatch):

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from fixtures.server_client import Client, datum
 
+from tg_tinker.server import limits
 from tg_tinker.server.engine import TorchEngine
+from tg_tinker.server.middleware import ROOMS
 
 TINY = "tg-tinker/tiny"
 
@@ -80,7 +82,12 @@ async def test_a_signed_url_opens_one_file_for_a_while(real, monkeypatch):
     assert (await stranger.get(url)).status == 403
     monkeypatch.undo()
     await real.call("DELETE", f"/v1/artifacts/{checkpoint['id']}")
-    assert (await stranger.get(url)).status == 404
+    monkeypatch.setattr(limits, "monotonic", lambda: 100.0)
+    monkeypatch.setattr(real.server.app[ROOMS], "rate_limit", limits.RateLimit(1))
+    assert [(await stranger.get(url)).status for _ in range(2)] == [
+        404,
+        429,
+    ]  # each goes on record, at the tenant's rate
 
 
 async def test_a_file_is_served_from_any_byte_on(real):

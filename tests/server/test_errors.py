@@ -77,9 +77,11 @@ async def test_no_request_can_write_lines_or_open_files_through_the_log(client, 
     caplog.set_level(logging.DEBUG, "tg_tinker.server")
     await client.get("/v1/futures/a%0Ab")
     await client.as_tenant(None).get("/v1/loops/files/token/name")
-    first, second = (record.getMessage() for record in caplog.records)
+    await client.as_tenant(None).post("/v1/loops/files/token/name")
+    await client.as_tenant(None).get("/v1/loops/files/token/name/")
+    first, *others = (record.getMessage() for record in caplog.records)
     assert "/v1/futures/a%0Ab" in first
-    assert "/v1/loops/files/{token}/{name}" in second
+    assert ["/v1/loops/files/{token}/{name}" in told and "/token/" not in told for told in others] == [True] * 3
 
 
 async def test_a_body_over_the_limit_is_refused(serve):

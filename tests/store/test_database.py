@@ -12,6 +12,7 @@ import attrs
 import pytest
 import sqlalchemy.exc
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from tg_tinker.errors import InvalidRequestError
 from tg_tinker.store.audit import AuditEvent, AuditLog, HeadSigner
@@ -313,10 +314,36 @@ async def test_two_servers_write_at_once(tmp_path: Path) -> None:
         await database.close()
 
 
+async def test_opening_that_is_given_up_leaves_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is cancelled while opening has let go of everything; a place that is no file to write is refused."""
+    closed, close, made = asyncio.Event(), Database.close, asyncio.Event()
+
+    async def closing(self: Database) -> None:
+        await close(self)
+        closed.set()
+
+    async def held(*_: object) -> None:
+        made.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(Database, "close", closing)
+    monkeypatch.setattr(AsyncConnection, "run_sync", held)
+    opening = asyncio.create_task(Database.open(sqlite_url(tmp_path / "test.db")))
+    async with asyncio.timeout(30):
+        await made.wait()
+        opening.cancel()
+        await closed.wait()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    monkeypatch.undo()
+    with pytest.raises(InvalidRequestError, match="cannot be used"):
+        await Database.open(sqlite_url(tmp_path / "nowhere" / "test.db"))
+
+
 async def test_a_home_that_another_server_opens_just_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While another writes to a new file, its mode cannot change, and SQLite does not wait: opening does."""
     file, refused = tmp_path / "test.db", threading.Event()
-    monkeypatch.setattr("tg_tinker.store.sqlite.time.sleep", lambda _: refused.set())
+    monkeypatch.setattr("tg_tinker.store.sqlite.sleep", lambda _: refused.set())
     other = sqlite3.connect(file, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     opening = asyncio.create_task(Database.open(sqlite_url(file)))

@@ -178,6 +178,12 @@ def test_what_callers_build_is_otherwise_as_python_has_it() -> None:
     for make in (lambda: attrs.evolve(value, rnk=1), lambda: Mine(rnk=1), lambda: LoRAConfig(cls=1)):  # type: ignore[call-arg]
         with pytest.raises(InvalidRequestError, match="no field of"):
             make()
+
+    class Renamed(SamplingParams):
+        def __init__(self, **named: Any) -> None:
+            super().__init__(temperature=named["heat"])
+
+    assert Renamed(heat=0.5).temperature == 0.5
     with pytest.raises(TypeError, match="model_ref"):
         TrainingConfig()  # type: ignore[call-arg]
 

@@ -42,3 +42,11 @@ def test_a_link_and_a_pipe_are_written_through(tmp_path: Path) -> None:
     destination.write(pipe, b"content")
     reader.join(10)
     assert (heard, pipe.is_fifo()) == ([b"content"], True)
+
+
+def test_who_may_read_a_file_stays_as_it_is(tmp_path: Path) -> None:
+    """A file that was made private is private when it has been replaced; its name may be as long as names can be."""
+    place = tmp_path / ("x" * 255)
+    place.touch(mode=0o600)
+    destination.write(place, b"new")
+    assert (place.stat().st_mode & 0o777, place.read_bytes()) == (0o600, b"new")

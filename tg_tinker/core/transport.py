@@ -9,10 +9,9 @@ import asyncio
 import importlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
 from io import BytesIO
 from secrets import SystemRandom
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -162,27 +161,33 @@ class Connection:
     @asynccontextmanager
     async def exchange(self, request: Request) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         """One request and its response. Raises ``ServerUnreachableError``, or what the endpoint knows of the matter."""
-        session = await self._open()
-        base, key = await self.endpoint.resolve()
+        await self._open()
+        base, key = await self._resolve()
         import aiohttp  # only now: opening the session has loaded it, off this loop
 
         url = request.path if request.path.startswith(("http://", "https://")) else base + request.path
-        patience = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.timeout)
-        sending = partial(
-            session.request,
-            request.method,
-            url,
-            data=_payload(request.body),
-            headers=self._all_headers(request, key),
-            timeout=patience,
-            allow_redirects=False,
-        )
+        options: dict[str, Any] = {
+            "data": _payload(request.body),
+            "headers": self._all_headers(request, key),
+            "timeout": aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT, sock_read=request.timeout),
+            "allow_redirects": False,
+        }
         try:
-            async with self._gate.slot(), sending() as response:
-                self._hear(response.headers)
-                yield response
+            async with self._gate.slot():
+                session = await self._open()  # once more: it may have been closed during the waits
+                async with session.request(request.method, url, **options) as response:
+                    self._hear(response.headers)
+                    yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise await self._explained(error, url) from error
+
+    async def _resolve(self) -> tuple[str, str | None]:
+        try:
+            return await self.endpoint.resolve()
+        except ServerUnreachableError as error:
+            if self.closed:
+                raise ClientClosedError("the client was closed while it waited for the server") from error
+            raise
 
     async def _explained(self, error: Exception, url: str) -> TGTinkerError:
         if self.closed:

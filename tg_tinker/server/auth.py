@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from tg_tinker.store.database import Database
     from tg_tinker.store.rows import ApiKeyRow
 
-#: routes that answer without a key; the last one carries a signature of its own
-PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/api/v1/health", "/v1/loops/files/{token}/{name}"})
+#: the route whose URLs carry a signature of their own
+SIGNED = "/v1/loops/files/{token}/{name}"
+#: routes that answer without a key
+PUBLIC = frozenset({"/healthz", "/readyz", "/v1/health", "/api/v1/health", SIGNED})
 
 _SCHEMES = ("bearer", "api-key")
 _KEY = re.compile(r"tg_(?P<id>[0-9a-f]{16})_(?P<secret>[A-Za-z0-9_-]{43})")

@@ -20,7 +20,7 @@ from tg_tinker.errors import (
     ServerError,
     TGTinkerError,
 )
-from tg_tinker.server.auth import PUBLIC
+from tg_tinker.server.auth import PUBLIC, SIGNED
 from tg_tinker.server.rooms import Rooms
 from tg_tinker.server.tasks import whole
 from tg_tinker.types import checks
@@ -76,13 +76,18 @@ async def check_host(request: web.Request, handler: Handler) -> web.StreamRespon
     if settings.loopback and "Host" in request.headers and _hostname(f"//{request.host}") not in names:
         raise AuthorizationError("the Host header names another machine; this server serves its own machine only")
     origin = request.headers.get("Origin")
-    # A picture or a link of a page has no Origin, but can have a model loaded.
-    elsewhere = (
-        request.headers.get("Sec-Fetch-Site") == "cross-site" if origin is None else _hostname(origin) not in names
-    )
-    if elsewhere:
+    if await _embedded(request) if origin is None else _hostname(origin) not in names:
         raise AuthorizationError("the request comes from another site; web pages elsewhere may not use this server")
     return await handler(request)
+
+
+async def _embedded(request: web.Request) -> bool:
+    """Whether a page of another site embeds or links to this: it has no Origin, and could have a model loaded.
+
+    Only where no key is asked for; a page that embeds something cannot send one.
+    """
+    cross_site = request.headers.get("Sec-Fetch-Site") == "cross-site"
+    return cross_site and not await request.app[ROOMS].keys.required()
 
 
 @web.middleware
@@ -207,9 +212,8 @@ def _typed(request: web.Request, error: web.HTTPException) -> TGTinkerError:
 
 
 def _shown(request: web.Request) -> str:
-    """The path as it was sent, but for a route that is open to whoever knows its path."""
-    resource = request.match_info.route.resource
-    return resource.canonical if resource is not None and resource.canonical in PUBLIC else request.rel_url.raw_path
+    """The path as it was sent, but for signed URLs, which open to whoever knows them."""
+    return SIGNED if request.path.startswith(SIGNED.partition("{")[0]) else request.rel_url.raw_path
 
 
 def _hostname(url: str) -> str:

@@ -26,9 +26,11 @@ def write(destination: str | os.PathLike[str], content: bytes) -> None:
     if place.exists() and not place.is_file():  # a pipe, a device: those are for writing to, not for replacing
         place.write_bytes(content)
         return
-    part = place.with_name(f".{place.name}.{secrets.token_hex(4)}.part")
+    part = place.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with part.open("xb") as file:
+            if place.exists():
+                part.chmod(place.stat().st_mode)  # who may read it is as before
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

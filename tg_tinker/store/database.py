@@ -67,11 +67,14 @@ class Database:
                 sqlite.tune(engine)
             async with database.writing() as connection:
                 await connection.run_sync(tables.metadata.create_all)
-        except (exc.DatabaseError, sqlite3.DatabaseError) as error:
+        except (exc.DatabaseError, sqlite3.DatabaseError, OSError) as error:
             await database.close()
             said = error.orig if isinstance(error, exc.DatabaseError) else error
             message = f"the database {engine.url.database} cannot be used: {said}"
             raise InvalidRequestError(message, field="database", constraint="a database to write to") from error
+        except BaseException:  # cancelled, say: a connection must not be left to the collector
+            await asyncio.shield(database.close())
+            raise
         return database
 
     async def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import time
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, make_url
@@ -47,14 +47,14 @@ def prepare(url: str) -> None:
 
 def _write_ahead(connection: sqlite3.Connection) -> None:
     """Change the journal's mode; where two do so at once, SQLite refuses one of them without any waiting."""
-    deadline = time.monotonic() + BUSY_TIMEOUT
+    deadline = monotonic() + BUSY_TIMEOUT
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or monotonic() > deadline:
                 raise
-            time.sleep(_PAUSE)
+            sleep(_PAUSE)
         else:
             return
 

@@ -15,7 +15,8 @@ from tg_tinker.types import checks
 class Input:
     """A value that callers make: a keyword that it does not know is refused as in a dict, with the nearest known name.
 
-    Python's own ``TypeError`` would name no field. Here, because it would come before anything of ``__init__`` runs.
+    Python's own ``TypeError`` would name no field. Here, because it would come before anything of ``__init__`` runs. A
+    subclass whose ``__init__`` takes any keyword sees to its names itself.
     """
 
     __slots__ = ()
@@ -23,14 +24,18 @@ class Input:
     def __new__(cls, /, *_: Any, **fields: Any) -> Self:
         """Look at the names; ``__init__`` looks at the values."""
         kind: Any = cls
-        checks.refuse_others(fields, _arguments(kind), f"no field of {cls.__name__}")
+        known = _arguments(kind)
+        if known is not None:
+            checks.refuse_others(fields, known, f"no field of {cls.__name__}")
         return super().__new__(cls)
 
 
 @cache
-def _arguments(kind: Any) -> tuple[str, ...]:
-    """What ``__init__`` takes; of the class itself some Pythons tell what ``__new__`` does."""
-    return tuple(inspect.signature(kind.__init__).parameters)[1:]
+def _arguments(kind: Any) -> tuple[str, ...] | None:
+    """What ``__init__`` takes, None if anything; of the class itself some Pythons tell what ``__new__`` does."""
+    _, *taken = inspect.signature(kind.__init__).parameters.values()
+    anything = any(one.kind is one.VAR_KEYWORD for one in taken)
+    return None if anything else tuple(one.name for one in taken if one.kind is not one.VAR_POSITIONAL)
 
 
 class Value:

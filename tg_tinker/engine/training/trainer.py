@@ -230,7 +230,8 @@ class Trainer:
         divisor = max(1, active) if self._normalises(config) else 1
         metrics = {"loss:sum": loss_sum, "num_tokens": float(active)}
         metrics |= {name: value / max(1, active) for name, value in sums.items()}
-        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self.per_example is not None:
+            metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if config.get("skip_token_normalization"):
             metrics["skip_token_normalization"] = 1.0
         return PassOutput(loss_sum / divisor, loss_sum, active, logprobs, metrics)

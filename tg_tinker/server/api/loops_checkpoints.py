@@ -89,6 +89,7 @@ async def file(request: web.Request) -> web.Response:
     """One file, to whoever holds its signed URL."""
     rooms, name = common.rooms_of(request), request.match_info["name"]
     grant = rooms.exports.verify(request.match_info["token"], name)
+    rooms.rate_limit.take(grant.tenant)
     pulled = partial(rooms.auditing.happened, grant.tenant, "pull_checkpoint_file", event_id(request))
     try:
         content = await rooms.exports.content(grant)
