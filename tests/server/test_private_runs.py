@@ -180,6 +180,26 @@ async def test_the_ledger_outlives_the_server(serve, tmp_path):
     assert (await second.run(f"{limited}/optim_step"))["error"]["code"] == "DP_BUDGET_EXCEEDED"
 
 
+async def test_a_retried_step_is_released_once(serve, tmp_path):
+    """A step that is sent again under its key, at once or to the next server, is the same step: one release, one ε."""
+    first = await serve(engine=TorchEngine(home=tmp_path, threads=1))
+    run = await make(first)
+    await first.run(f"{run}/forward_backward", batch(10, 20))
+    futures = [await first.submit(f"{run}/optim_step", Idempotency_Key="once") for _ in range(3)]
+    results = [(await first.result(future))["result"] for future in futures]
+    assert (len(set(futures)), results) == (1, [results[0]] * 3)
+    report = (await first.get(f"{run}/privacy")).json
+    assert (report["steps"], report["total_epsilon"]) == (1, results[0]["dp_metrics"]["total_epsilon"])
+    assert (await first.get(run)).json["step"] == 1
+    releases = [path.read_bytes().count(b"\n") for path in (tmp_path / "ledgers").iterdir()]
+    await first.server.close()
+    second = await serve(engine=TorchEngine(home=tmp_path, threads=1))
+    again = await second.post(f"{run}/optim_step", Prefer="respond-async", Idempotency_Key="once")
+    assert (again.status, again.error["code"]) == (410, "SERVER_RESTARTED")  # the run ended with its server
+    assert (await second.result(futures[0]))["result"] == results[0]
+    assert [path.read_bytes().count(b"\n") for path in (tmp_path / "ledgers").iterdir()] == releases == [1]
+
+
 async def test_a_run_without_privacy_launders_nothing(real):
     """Steps without privacy on private weights have no bound: a private run that goes on from there says so."""
     run = await make(real)
